@@ -1,0 +1,405 @@
+"""What users call; methods and backends are reached by name alone."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adadfq_plugin import functional
+from adadfq_plugin.config import Scheme, Settings, build, nearest
+from adadfq_plugin.contracts import Backend, Method, Outcome, Phase, Prepared, Progress, Task
+from adadfq_plugin.dataset import SyntheticDataset
+from adadfq_plugin.errors import ModelError, SettingsError, UnknownNameError
+from adadfq_plugin.history import History
+from adadfq_plugin.hooks import fork_rng, module_modes
+from adadfq_plugin.registry import Registry
+from adadfq_plugin.teacher import Facts, Teacher, find_facts, make_teacher
+
+__all__ = [
+    "Evaluation",
+    "Result",
+    "backends",
+    "calibrate",
+    "evaluate",
+    "methods",
+    "prepare",
+    "quantize",
+    "synthesize",
+]
+
+
+@dataclass
+class Result:
+    """What a run did, and how sure one may be of it.
+
+    Args:
+        method: name of the method.
+        backend: name of the backend.
+        settings: the method's settings.
+        seed: what all randomness came from.
+        facts: what was known of the images; ``facts.guesses`` was guessed.
+        samples: the synthetic images.
+        history: figures of every step.
+        notes: what was decided and why.
+        warnings: what the user should look at.
+        seconds: time of each phase.
+        information: normalised information H' of the samples (N,), 1 where P and Q agree.
+        agreement: top-1 agreement of P and the fake-quantized Q on the samples, 0 to 1.
+        sqnr_db: signal to quantization noise of Q's logits on the samples, in decibels.
+        macs: multiply-adds of one image.
+        prepared: the calibrated model, ready for conversion.
+        scheme: bit widths, where this package prepared the model.
+        quantized: the converted model, after :func:`quantize`.
+    """
+
+    method: str
+    backend: str
+    settings: Settings
+    seed: int
+    facts: Facts
+    samples: SyntheticDataset
+    history: History
+    notes: list[str]
+    warnings: list[str]
+    seconds: dict[str, float]
+    information: Tensor
+    agreement: float
+    sqnr_db: float
+    macs: int
+    prepared: nn.Module
+    scheme: Scheme | None = None
+    quantized: nn.Module | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Top-1 accuracy over labelled images: ``top1`` from 0 to 1, ``count`` images."""
+
+    top1: float
+    count: int
+
+
+def _method(value: object) -> Method:
+    made = value() if isinstance(value, type) else value
+    if not isinstance(made, Method):
+        raise TypeError(f"{value!r} has not all of name, summary, settings, presets, calibrate")
+    return made
+
+
+def _backend(value: object) -> Backend:
+    made = value() if isinstance(value, type) else value
+    if not isinstance(made, Backend):
+        raise TypeError(f"{value!r} has not all of name, summary, recognises, prepare, open, save, load")
+    return made
+
+
+_METHODS: Registry[Method] = Registry("adadfq_plugin.methods", "method", validate=_method)
+_BACKENDS: Registry[Backend] = Registry("adadfq_plugin.backends", "backend", validate=_backend)
+
+
+def methods() -> Registry[Method]:
+    """The registered calibration methods, ours and third parties' alike."""
+    return _METHODS
+
+
+def backends() -> Registry[Backend]:
+    """The registered toolkits."""
+    return _BACKENDS
+
+
+def _settings(
+    method: Method, settings: Settings | Mapping[str, Any] | None, preset: str | None
+) -> Settings:
+    if isinstance(settings, Settings):
+        if preset is not None:
+            raise SettingsError("pass settings as a mapping of changes when a preset is given too")
+        if not isinstance(settings, method.settings):
+            raise SettingsError(
+                f"method {method.name!r} takes {method.settings.__name__}, not {type(settings).__name__}"
+            )
+        return settings
+    values: dict[str, Any] = {}
+    if preset is not None:
+        if preset not in method.presets:
+            names = tuple(method.presets)
+            raise UnknownNameError(
+                f"method {method.name!r} has no preset {preset!r}{nearest(preset, names)} "
+                f"(it has: {', '.join(names) or 'none'})"
+            )
+        values.update(method.presets[preset])
+    values.update(settings or {})
+    return build(method.settings, values)
+
+
+def _scheme(scheme: Scheme | Mapping[str, Any] | None) -> Scheme:
+    return scheme if isinstance(scheme, Scheme) else build(Scheme, scheme or {})
+
+
+def _backend_of(model: nn.Module, name: str | None) -> Backend:
+    if name is not None:
+        return _BACKENDS.get(name)
+    for candidate in _BACKENDS.names():
+        backend = _BACKENDS.get(candidate)
+        if backend.recognises(model):
+            return backend
+    raise ModelError(
+        f"{type(model).__name__} is not prepared: call prepare_qat_fx or prepare_fx (or adadfq_plugin.prepare) "
+        f"first; known backends: {', '.join(_BACKENDS.names())}"
+    )
+
+
+def _silent(_phase: str, _step: int, _total: int, _figures: Mapping[str, float]) -> None:
+    """Progress for callers who want none."""
+
+
+def prepare(
+    model: nn.Module,
+    input_size: Any = None,
+    *,
+    scheme: Scheme | Mapping[str, Any] | None = None,
+    backend: str = "fx",
+) -> nn.Module:
+    """A prepared copy of a float model, rewritten exactly where the toolkit can't follow it.
+
+    Args:
+        model: any float network that maps images to logits; it is not touched.
+        input_size: side, (height, width) or (channels, height, width); None: what timm left, or a trial.
+        scheme: bit widths and engine.
+        backend: name of the toolkit.
+
+    Returns:
+        a model for :func:`calibrate` and the toolkit's own convert.
+
+    Raises:
+        ModelError: a model that can't be prepared, with the reason.
+    """
+    with module_modes(model, False):
+        facts = find_facts(model, input_size=input_size)
+    return _BACKENDS.get(backend).prepare(model, facts.input_size, _scheme(scheme))
+
+
+def calibrate(
+    prepared: nn.Module,
+    *,
+    teacher: nn.Module | None = None,
+    example_inputs: Any = None,
+    input_size: Any = None,
+    num_classes: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    method: str = "adadfq",
+    settings: Settings | Mapping[str, Any] | None = None,
+    preset: str | None = None,
+    minutes: float | None = None,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    backend: str | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """Calibrates a prepared model in place, without data.
+
+    Afterwards the toolkit's own convert gives the network that was calibrated. When anything fails, or is
+    interrupted, the prepared model is bit for bit what it was.
+
+    Args:
+        prepared: what ``prepare_qat_fx`` or ``prepare_fx`` returned; the latter is observed, not trained.
+        teacher: the float network P; None: an unquantized copy of ``prepared``.
+        example_inputs: as given to prepare; tells the input size.
+        input_size: side, (height, width) or (channels, height, width).
+        num_classes: checked against the model.
+        mean: normalisation of the images, in units of pixel value / 255.
+        std: likewise.
+        method: name of a registered method.
+        settings: the method's settings, or changes to its defaults.
+        preset: named settings of the method.
+        minutes: time limit; None: a fixed number of steps, repeatable bit for bit.
+        seed: source of all randomness; the global random state is left alone.
+        device: where to run; None: where ``prepared`` is.
+        backend: name of the toolkit; None: the one that recognises the model.
+        progress: called after every step.
+
+    Raises:
+        ModelError: a model that can't be calibrated, with the culprit and the way out.
+        SettingsError: settings that can't be used.
+        UnknownNameError: a name that nothing goes by.
+    """
+    chosen = _METHODS.get(method)
+    made = _settings(chosen, settings, preset)
+    if minutes is not None and not minutes > 0:
+        raise SettingsError(f"minutes = {minutes!r} must be positive")
+    toolkit = _backend_of(prepared, backend)
+    opened = toolkit.open(prepared)
+    source = teacher if teacher is not None else opened.float_model()
+    with module_modes(source, False):
+        facts = find_facts(
+            source,
+            relatives=(prepared,),
+            example_inputs=example_inputs,
+            input_size=input_size,
+            num_classes=num_classes,
+            mean=mean,
+            std=std,
+        )
+    found = [f"{name} = {getattr(facts, name)} ({why})" for name, why in facts.guesses.items()]
+    told = [f"not told, so taken: {'; '.join(found)}"] if found else []
+    for line in told:
+        warnings.warn(f"adadfq_plugin: {line}; pass them by keyword", UserWarning, stacklevel=2)
+    where = torch.device(device) if device is not None else _place(prepared)
+    frozen = make_teacher(source, facts, name=type(source).__name__, device=where)
+    opened.module.to(where)
+    with fork_rng(seed, where):
+        task = Task(frozen, opened, made, seed, where, progress or _silent, minutes)
+        outcome = chosen.calibrate(task)
+        figures = _figures(frozen, opened, outcome, where)
+    opened.module.to(_place(prepared))
+    opened.commit()
+    return Result(
+        method=method,
+        backend=toolkit.name,
+        settings=made,
+        seed=seed,
+        facts=facts,
+        samples=outcome.samples,
+        history=outcome.history,
+        notes=[*opened.notes, *outcome.notes],
+        warnings=told,
+        seconds=outcome.seconds,
+        macs=frozen.macs,
+        prepared=prepared,
+        **figures,
+    )
+
+
+def _place(model: nn.Module) -> torch.device:
+    return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+
+
+def _figures(teacher: Teacher, prepared: Prepared, outcome: Outcome, device: torch.device) -> dict[str, Any]:
+    """How far Q is from P on the samples that were kept."""
+    z_p, z_q = [], []
+    with torch.no_grad(), prepared.phase(Phase.EVALUATE):
+        for start in range(0, len(outcome.samples), 64):
+            images = outcome.samples.images(start, start + 64).to(device)
+            z_p.append(teacher(images).cpu())
+            z_q.append(prepared.module(images).cpu())
+    p, q = torch.cat(z_p), torch.cat(z_q)
+    information = functional.disagreement_information(p, q)
+    return {
+        "information": functional.normalized_information(information, p.shape[1]),
+        "agreement": functional.top1_agreement(p, q),
+        "sqnr_db": functional.sqnr_db(p, q),
+    }
+
+
+def quantize(
+    model: nn.Module,
+    *,
+    scheme: Scheme | Mapping[str, Any] | None = None,
+    method: str = "adadfq",
+    settings: Settings | Mapping[str, Any] | None = None,
+    preset: str | None = None,
+    minutes: float | None = None,
+    input_size: Any = None,
+    num_classes: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    backend: str = "fx",
+    progress: Progress | None = None,
+) -> Result:
+    """From a float model to a converted integer network: prepare, calibrate, convert.
+
+    Args:
+        model: any float network that maps images to logits; it is not touched.
+        scheme: bit widths and engine.
+        backend: name of the toolkit.
+        method, settings, preset, minutes, input_size, num_classes, mean, std, seed, device, progress: as for
+            :func:`calibrate`.
+
+    Returns:
+        the result, with ``quantized`` set.
+
+    Raises:
+        ModelError: a model that can't be prepared or calibrated.
+        SettingsError: settings that can't be used.
+    """
+    widths = _scheme(scheme)
+    _settings(_METHODS.get(method), settings, preset)  # refuse before any work
+    toolkit = _BACKENDS.get(backend)
+    with module_modes(model, False):
+        facts = find_facts(model, input_size=input_size, num_classes=num_classes, mean=mean, std=std)
+    prepared = toolkit.prepare(model, facts.input_size, widths)
+    result = calibrate(
+        prepared,
+        teacher=model,
+        input_size=input_size,
+        num_classes=num_classes,
+        mean=mean,
+        std=std,
+        method=method,
+        settings=settings,
+        preset=preset,
+        minutes=minutes,
+        seed=seed,
+        device=device,
+        backend=backend,
+        progress=progress,
+    )
+    return replace(result, scheme=widths, quantized=toolkit.open(result.prepared).convert())
+
+
+def synthesize(model: nn.Module, count: int, **arguments: Any) -> SyntheticDataset:
+    """``count`` samples for tools that calibrate by themselves.
+
+    Args:
+        model: the float network.
+        count: number of images.
+        **arguments: as for :func:`quantize`; the samples are adapted to the bit widths of ``scheme``.
+
+    Raises:
+        SettingsError: fewer than one sample, or settings that can't be used.
+    """
+    if count < 1:
+        raise SettingsError(f"count = {count} must be at least 1")
+    settings = arguments.pop("settings", None)
+    changes = settings.model_dump() if isinstance(settings, Settings) else dict(settings or {})
+    return quantize(model, settings={**changes, "samples": count}, **arguments).samples
+
+
+def evaluate(
+    model: Callable[[Tensor], Tensor],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    device: torch.device | str | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Top-1 accuracy over labelled images.
+
+    Args:
+        model: float, prepared or converted; evaluated in eval mode, and put back.
+        batches: images (N, channels, H, W), normalised, with labels (N,).
+        device: where to run; None: the CPU.
+        progress: called with the number of images so far.
+
+    Raises:
+        SettingsError: no images.
+    """
+    right = count = 0
+    modes = module_modes(model, False) if isinstance(model, nn.Module) else nullcontext()
+    with torch.no_grad(), modes:
+        for images, labels in batches:
+            logits = model(images.to(device or "cpu")).cpu()
+            right += int((logits.argmax(1) == labels.cpu()).sum())
+            count += len(labels)
+            if progress is not None:
+                progress(count)
+    if count == 0:
+        raise SettingsError("no images to evaluate on")
+    return Evaluation(right / count, count)

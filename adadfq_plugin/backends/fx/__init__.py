@@ -1,0 +1,97 @@
+"""torch.ao's FX mode: the only package that imports torch.ao."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.ao.quantization.quantize_fx import prepare_qat_fx
+from torch.fx import GraphModule
+
+from adadfq_plugin.backends.fx.fake_quantize import LearnedFakeQuantize
+from adadfq_plugin.backends.fx.kernels import best_engine, has_vnni, largest_activation, using_engine
+from adadfq_plugin.backends.fx.prepared import FXPrepared, prepared_attributes
+from adadfq_plugin.backends.fx.qconfig import qconfig_mapping
+from adadfq_plugin.backends.fx.traceable import traceable
+from adadfq_plugin.config import Scheme
+from adadfq_plugin.errors import DataError, ModelError
+
+__all__ = [
+    "FXBackend",
+    "FXPrepared",
+    "LearnedFakeQuantize",
+    "best_engine",
+    "has_vnni",
+    "largest_activation",
+    "qconfig_mapping",
+    "traceable",
+    "using_engine",
+]
+
+
+def _is_converted(model: nn.Module) -> bool:
+    names = {type(module).__module__ for module in model.modules()}
+    return any(".nn.quantized" in name or ".intrinsic.quantized" in name for name in names)
+
+
+class FXBackend:
+    """``prepare_qat_fx`` / ``prepare_fx`` and ``convert_fx``."""
+
+    name = "fx"
+    summary = "torch.ao FX graph mode: prepare_qat_fx, prepare_fx, convert_fx"
+
+    def recognises(self, model: nn.Module) -> bool:
+        """Whether ``model`` is of torch.ao's FX mode, prepared or already converted."""
+        return prepared_attributes(model) is not None or _is_converted(model)
+
+    def prepare(self, model: nn.Module, input_size: tuple[int, int, int], scheme: Scheme) -> nn.Module:
+        """``prepare_qat_fx`` on an exact, traceable copy of a float model."""
+        traced = traceable(model, input_size)
+        example = (torch.zeros(2, *input_size),)
+        prepared: GraphModule = prepare_qat_fx(traced.train(), qconfig_mapping(scheme), example)
+        for name in ("pretrained_cfg", "num_classes"):
+            if hasattr(model, name):
+                setattr(prepared, name, copy.deepcopy(getattr(model, name)))
+        prepared.meta["adadfq_input_size"] = tuple(input_size)
+        return prepared
+
+    def open(self, prepared: nn.Module) -> FXPrepared:
+        """A private copy of a prepared model.
+
+        Raises:
+            ModelError: not prepared, or converted already, or quantizing nothing.
+        """
+        if _is_converted(prepared):
+            raise ModelError(
+                "the model is already converted: its weights are integers; calibrate what prepare_qat_fx "
+                "returned, before convert_fx"
+            )
+        if not isinstance(prepared, GraphModule) or prepared_attributes(prepared) is None:
+            raise ModelError(
+                f"{type(prepared).__name__} is not prepared: call prepare_qat_fx (or adadfq_plugin.prepare) first"
+            )
+        return FXPrepared(prepared)
+
+    def save(self, converted: nn.Module, example: Tensor, path: Path) -> None:
+        """TorchScript: ``torch.jit.load`` runs it without this package."""
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # torch.jit announces its retirement at every call
+            script = torch.jit.freeze(torch.jit.trace(converted.eval(), example, check_trace=False))
+            torch.jit.save(script, str(path))
+
+    def load(self, path: Path) -> nn.Module:
+        """What ``save`` wrote.
+
+        Raises:
+            DataError: the file is missing or is no TorchScript archive.
+        """
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                loaded: nn.Module = torch.jit.load(str(path))
+        except (RuntimeError, ValueError, OSError) as error:
+            raise DataError(f"{path} is no converted model: {str(error).splitlines()[0]}") from error
+        return loaded

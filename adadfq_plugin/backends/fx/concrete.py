@@ -1,0 +1,453 @@
+"""Tracing with concrete values: the model runs once for real, and every torch call on the input is recorded.
+
+`torch.fx`'s own tracer runs a model on placeholders that have no shape, so a model that looks at its shapes
+(padding of TensorFlow's ``SAME`` kind, windowed attention) cannot be traced by it. Here the model runs on real
+tensors: Python sees true numbers, and nothing has to be patched in the model's code. What does not depend on the
+input is not recorded; it is computed once and stands in the graph as a constant.
+
+Each recorded call is also made a second time, from the graph's own arguments, with another batch size (the *twin*).
+A size that differs between the two is a size that depends on the batch, and stays an expression of the graph; any
+other size is a constant. Python control flow that would take another path for another batch is refused.
+"""
+
+import contextlib
+import functools
+import inspect
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from adadfq_plugin.backends.fx.lift import Call, lift
+
+__all__ = ["ConcreteTrace", "Refusal", "create_beside", "on_constant", "with_item"]
+
+
+class Refusal(Exception):
+    """A call that cannot stand in a graph; `ConcreteTrace.path` is where it was made."""
+
+
+def with_item(tensor: Tensor, index: Any, value: Any) -> Tensor:
+    """Return a copy of ``tensor`` where ``tensor[index]`` is ``value``: item assignment without a side effect."""
+    copy = tensor.clone()
+    copy[index] = value
+    return copy
+
+
+def create_beside(tensor: Tensor, function: str, *args: Any, **kwargs: Any) -> Tensor:
+    """Return ``torch.<function>(*args, **kwargs)`` on the device of ``tensor``: a constant but for its batch size."""
+    created: Tensor = getattr(torch, function)(*args, **{**kwargs, "device": tensor.device})
+    return created
+
+
+def on_constant(constant: Tensor, method: str, *args: Any, **kwargs: Any) -> Tensor:
+    """Return ``constant.<method>(*args, **kwargs)``, where torch's own tracer would see no input but a batch size."""
+    result: Tensor = getattr(constant, method)(*args, **kwargs)
+    return result
+
+
+# Methods whose result depends on the values of the tensor, not only on its shape, type or place.
+_READS_VALUES = frozenset(
+    {"__bool__", "__int__", "__float__", "__index__", "__complex__", "__contains__", "__array__", "__format__"}
+    | {"item", "tolist", "numpy", "equal", "allclose", "is_nonzero", "nonzero", "masked_select", "unique"}
+)
+
+# The operators that quantization toolkits look for, instead of the methods that Python turns them into.
+_OPERATORS: dict[str, Callable[..., Any]] = {
+    **{name: getattr(operator, name) for name in ("add", "sub", "mul", "matmul", "neg", "pow")},
+    **{f"__{name}__": getattr(operator, name) for name in ("add", "sub", "mul", "matmul", "floordiv", "mod")},
+    **{name: getattr(operator, name) for name in ("__getitem__", "__invert__", "__and__", "__or__", "__xor__")},
+    **{f"__{name}__": getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge", "pow", "truediv")},
+    "div": operator.truediv,
+    "__div__": operator.truediv,
+}
+_REFLECTED: dict[str, Callable[..., Any]] = {
+    **{f"__r{name}__": getattr(operator, name) for name in ("add", "sub", "mul", "matmul", "floordiv", "mod", "pow")},
+    "__rtruediv__": operator.truediv,
+    "__rdiv__": operator.truediv,
+}
+
+
+class BatchInt(int):
+    """A size that depends on the batch: its value in this run, its value in the twin run, and its node."""
+
+    trace: "ConcreteTrace"
+    node: fx.Node
+    twin: int
+
+    @classmethod
+    def make(cls, trace: "ConcreteTrace", node: fx.Node, value: int, twin: int) -> "BatchInt":
+        """Return ``value`` as a batch-dependent number of ``trace``."""
+        self = cls(value)
+        self.trace, self.node, self.twin = trace, node, twin
+        return self
+
+
+def _arithmetic(function: Callable[..., Any], reflected: bool) -> Callable[..., Any]:
+    def method(self: BatchInt, *others: Any) -> Any:
+        args = (*others, self) if reflected else (self, *others)
+        if not all(isinstance(other, (int, float)) for other in others):
+            return NotImplemented
+        return self.trace.arithmetic(function, args)
+
+    return method
+
+
+for _name in ("add", "sub", "mul", "floordiv", "truediv", "mod", "pow"):
+    setattr(BatchInt, f"__{_name}__", _arithmetic(getattr(operator, _name), reflected=False))
+    setattr(BatchInt, f"__r{_name}__", _arithmetic(getattr(operator, _name), reflected=True))
+for _name in ("neg", "eq", "ne", "lt", "le", "gt", "ge"):
+    setattr(BatchInt, f"__{_name}__", _arithmetic(getattr(operator, _name), reflected=False))
+BatchInt.__bool__ = lambda self: self.trace.arithmetic(bool, (self,))  # type: ignore[method-assign]
+BatchInt.__hash__ = int.__hash__  # type: ignore[method-assign]
+
+
+@dataclass
+class _Tracked:
+    node: fx.Node
+    twin: Any
+    version: int  # torch counts the in-place changes of a tensor and of all its views
+
+
+class ConcreteTrace(TorchFunctionMode):
+    """Record into ``graph`` what ``model`` does with one tensor.
+
+    Args:
+        model: The model, a private copy in evaluation mode. Its modules' ``forward`` are wrapped while it runs.
+
+    Attributes:
+        graph: The recorded graph.
+        attributes: What the graph's ``call_module`` and ``get_attr`` targets are.
+        path: Qualified name of the module that runs now, or in which the run has failed.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.graph = fx.Graph()
+        self.attributes: dict[str, Any] = {}
+        self.path = ""
+        self._modules = dict(model.named_modules())
+        self._leaf_names = {name for name, module in self._modules.items() if _is_leaf(module)}
+        self._tracked: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        named = [*model.named_parameters(), *model.named_buffers()]
+        self._names: dict[int, str] = {id(tensor): name for name, tensor in named}
+        self._kept: list[Tensor] = [tensor for _, tensor in named]  # so that no other tensor gets an id in _names
+        self._constants = 0
+        self._inside_leaf = False
+
+    def run(self, value: Tensor, twin: Tensor) -> None:
+        """Run the model on ``value``, with ``twin`` (another batch size) beside it, and complete the graph."""
+        name = next(iter(inspect.signature(self.model.forward).parameters), "x")
+        placeholder = self.graph.placeholder(name)
+        placeholder.meta["shape"] = value.shape
+        self._track(value, placeholder, twin)
+        self._input = value
+        with self._wrapped_forwards(), torch.no_grad(), self:
+            output = self.model(value)
+        if not self._is_tracked((output,)):
+            raise Refusal("the output does not depend on the input, as far as torch calls show")
+        self.graph.output(self._to_nodes(output))
+        for node in reversed(self.graph.nodes):
+            if not node.users and node.op not in ("placeholder", "output"):
+                self.graph.erase_node(node)
+
+    # Modules.
+
+    @contextlib.contextmanager
+    def _wrapped_forwards(self) -> Iterator[None]:
+        modules = self._modules
+        own = {name: module.__dict__.get("forward") for name, module in modules.items()}
+        for name, module in modules.items():
+            module.forward = functools.partial(self._call_module, name, module, module.forward)
+        try:
+            yield
+        finally:
+            for name, module in modules.items():
+                if own[name] is None:
+                    del module.forward
+                else:
+                    module.forward = own[name]
+
+    def _call_module(self, name: str, module: nn.Module, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        if self._inside_leaf:
+            return forward(*args, **kwargs)
+        if name in self._leaf_names and self._is_tracked((args, kwargs)):
+            if isinstance(module, (nn.Identity, nn.modules.dropout._DropoutNd)):
+                return args[0]
+            self._inside_leaf, caller, self.path = True, self.path, name
+            try:
+                with torch._C.DisableTorchFunction():
+                    self.attributes[name] = module
+                    call = Call("call_module", name, args, kwargs)
+                    result = self._record(call, functools.partial(forward, *args, **kwargs))
+            finally:
+                self._inside_leaf = False
+            self.path = caller
+            return result
+        caller, self.path = self.path, name
+        result = forward(*args, **kwargs)
+        self.path = caller  # not in a finally: after a failure the path tells where it happened
+        return result
+
+    # Functions and methods.
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Make the call; record it when an argument depends on the input."""
+        kwargs = kwargs or {}
+        if not self._is_tracked((args, kwargs)):
+            with torch.enable_grad():  # a constant computed from trainable parameters is trainable
+                return func(*args, **kwargs)
+        if func.__name__ in _READS_VALUES:
+            raise Refusal(f"{func.__name__}() reads the values of a tensor that depends on the input")
+        if not any(isinstance(leaf, Tensor) for leaf in _leaves((args, kwargs))):
+            created = (self._input, func.__name__, *args)
+            call = Call("call_function", create_beside, created, kwargs, wrapped=True)
+        else:
+            call = self._lifted(func, args, kwargs) or _as_call(func, args, kwargs)
+            if call.op == "call_method" and not any(a in self._tracked for a in _leaves(args) if isinstance(a, Tensor)):
+                named = (call.args[0], call.target, *call.args[1:])
+                call = Call("call_function", on_constant, named, call.kwargs, wrapped=True)
+        return self._record(call, functools.partial(func, *args, **kwargs))
+
+    def arithmetic(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """Apply ``function`` to numbers of which at least one is a `BatchInt`."""
+        value, twin = function(*map(_plain, args)), function(*map(self._to_twins, args))
+        if type(value) is bool and value != twin:
+            raise Refusal(f"the Python code takes another path for another batch size ({function.__name__})")
+        if value == twin:
+            return value
+        if not isinstance(value, int):
+            raise Refusal("a fraction of the batch size is used")
+        node = self.graph.call_function(function, tuple(map(self._to_nodes, args)))
+        return BatchInt.make(self, node, value, twin)
+
+    def _lifted(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+        """Return a call of a standard module when the weights do not depend on the input, else None."""
+        found = lift(func, args, kwargs, self._modules, self._names, self.path)
+        if found is None or self._is_tracked(found.constants):
+            return None
+        name = found.name
+        for suffix in range(1, 1000):
+            present = self.attributes.get(name)
+            if present is None:
+                self.attributes[name] = found.build()
+                break
+            if found.is_same(present):
+                break
+            name = f"{found.name}_{suffix}"
+        return Call("call_module", name, (found.input,), {})
+
+    # Recording.
+
+    def _record(self, call: Call, run: Callable[[], Any]) -> Any:
+        args, kwargs = self._to_nodes(call.args), self._to_nodes(call.kwargs)
+        target = self.attributes[call.target] if call.op == "call_module" else call.target
+        twin = _run(call.op, target, self._to_twins(call.args), self._to_twins(call.kwargs))
+        result = run()
+
+        def node() -> fx.Node:
+            made = self.graph.create_node(call.op, call.target, args, kwargs)
+            if isinstance(result, Tensor):
+                made.meta["shape"] = result.shape
+            if call.wrapped:
+                made.meta["is_wrapped"] = True  # the generated code marks it as a leaf for the next tracer
+            return made
+
+        if call.assigns:
+            self._track(call.args[0], node(), twin)
+        elif not _is_tensors(result):
+            return self._number(result, twin, node)
+        elif not self._is_same(result, call):
+            # An in-place call returns its argument, which from here on stands for the new node.
+            self._track(result, node(), twin)
+        return result
+
+    def _number(self, value: Any, twin: Any, node: Callable[[], fx.Node]) -> Any:
+        """Return sizes as plain numbers, or as batch-dependent ones where the twin's differ."""
+        if isinstance(value, torch.Size):
+            if len(value) != len(twin):
+                raise Refusal("the number of dimensions depends on the batch size")
+            if value == twin:
+                return value
+            whole = node()
+            return torch.Size(
+                [
+                    v if v == t else BatchInt.make(self, self.graph.call_function(operator.getitem, (whole, i)), v, t)
+                    for i, (v, t) in enumerate(zip(value, twin, strict=True))
+                ]
+            )
+        if type(value) is int and value != twin:
+            return BatchInt.make(self, node(), value, twin)
+        if isinstance(value, bool) and value != twin:
+            raise Refusal("the Python code takes another path for another batch size")
+        return value
+
+    def _track(self, value: Any, node: fx.Node, twin: Any) -> None:
+        if isinstance(value, Tensor):
+            self._tracked[value] = _Tracked(node, twin, value._version)
+        elif isinstance(value, (tuple, list)):
+            if len(value) != len(twin):
+                raise Refusal("the number of results depends on the batch size")
+            for i, (element, twin_element) in enumerate(zip(value, twin, strict=True)):
+                if element is not None:
+                    self._track(element, self.graph.call_function(operator.getitem, (node, i)), twin_element)
+
+    def _is_tracked(self, value: Any) -> bool:
+        return any(isinstance(leaf, BatchInt) or leaf in self._tracked for leaf in _leaves(value))
+
+    def _is_same(self, result: Any, call: Call) -> bool:
+        """Whether the call has done nothing, like a conversion to the type or place that the tensor has already."""
+        if not call.args or result is not call.args[0] or call.target == "contiguous":
+            return False
+        tracked = self._tracked.get(result)
+        return tracked is not None and tracked.version == result._version
+
+    def _to_nodes(self, value: Any) -> Any:
+        return _map(value, self._node)
+
+    def _to_twins(self, value: Any) -> Any:
+        return _map(value, self._twin)
+
+    def _twin(self, leaf: Any) -> Any:
+        if isinstance(leaf, BatchInt):
+            return leaf.twin
+        if isinstance(leaf, Tensor):
+            return self._tracked[leaf].twin if leaf in self._tracked else leaf
+        return leaf
+
+    def _node(self, leaf: Any) -> Any:
+        if isinstance(leaf, BatchInt):
+            return leaf.node
+        if not isinstance(leaf, Tensor):
+            return leaf
+        tracked = self._tracked.get(leaf)
+        if tracked is None:
+            return self.graph.get_attr(self._constant(leaf))
+        if tracked.version != leaf._version:
+            raise Refusal(f"{tracked.node.name!r} is used after one of its views was changed in place")
+        return tracked.node
+
+    def _constant(self, value: Tensor) -> str:
+        name = self._names.get(id(value))
+        if name is None:
+            name = f"{self.path.replace('.', '_')}_constant_{self._constants}".lstrip("_")
+            self._constants += 1
+            self._kept.append(value)
+            self._names[id(value)] = name
+            kept = value.detach().clone()
+            self.attributes[name] = nn.Parameter(kept, value.requires_grad) if kept.is_floating_point() else kept
+        self.attributes.setdefault(name, value)
+        return name
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    """Whether ``module`` is torch's own, and nothing that its class does not show changes what it does."""
+    if isinstance(module, nn.Sequential) or nn.utils.parametrize.is_parametrized(module):
+        return False
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+        return False
+    return type(module).__module__.startswith(("torch.nn", "torch.ao.nn"))
+
+
+def _as_call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """Return the graph's form of a call: operators instead of methods, and no in-place changes."""
+    name = func.__name__
+    if name == "__get__":
+        return Call("call_function", getattr, (args[0], func.__self__.__name__), {})
+    if kwargs.get("out") is not None:
+        raise Refusal(f"{name}(out=...) writes into a given tensor")
+    if name == "__setitem__":
+        return Call("call_function", with_item, args, kwargs, assigns=True, wrapped=True)
+    is_method = getattr(func, "__qualname__", "").split(".")[0] in ("Tensor", "TensorBase")
+    if name.startswith("__i") and name.endswith("__") and name != "__invert__":
+        name = f"__{name[3:]}"
+    elif name.endswith("_") and not name.endswith("__"):
+        name = name[:-1]
+        if not hasattr(torch.Tensor if is_method else torch, name):
+            raise Refusal(f"{name}_() has no form that leaves its argument alone")
+        func = func if is_method else getattr(torch, name)
+    if not is_method:
+        args, kwargs = _without_inplace(func, args, kwargs)
+        return Call("call_function", func, args, kwargs)
+    if not kwargs and name in _OPERATORS and len(args) <= 2:
+        return Call("call_function", _OPERATORS[name], args, {})
+    if not kwargs and name in _REFLECTED:
+        return Call("call_function", _REFLECTED[name], args[::-1], {})
+    return Call("call_method", name, args, kwargs)
+
+
+@functools.cache
+def _signature(func: Callable[..., Any]) -> inspect.Signature | None:
+    try:
+        return inspect.signature(func)
+    except (TypeError, ValueError):
+        return None
+
+
+def _without_inplace(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments with ``inplace`` off."""
+    signature = _signature(func)
+    if signature is None or "inplace" not in signature.parameters:
+        return args, kwargs
+    bound = signature.bind(*args, **kwargs)
+    bound.arguments["inplace"] = False
+    return bound.args, bound.kwargs
+
+
+def _run(op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if op == "call_method":
+        return getattr(args[0], target)(*args[1:], **kwargs)
+    inplace = op == "call_module" and getattr(target, "inplace", False)
+    if not inplace:
+        return target(*args, **kwargs)
+    target.inplace = False
+    try:
+        return target(*args, **kwargs)
+    finally:
+        target.inplace = True
+
+
+def _plain(value: Any) -> Any:
+    return int.__index__(value) if isinstance(value, BatchInt) else value
+
+
+def _is_tensors(value: Any) -> bool:
+    if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
+        return any(_is_tensors(element) for element in value)
+    return isinstance(value, Tensor)
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """Yield the tensors and batch-dependent numbers in nested arguments."""
+    if isinstance(value, (Tensor, BatchInt)):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for element in value:
+            yield from _leaves(element)
+    elif isinstance(value, dict):
+        yield from _leaves(list(value.values()))
+    elif isinstance(value, slice):
+        yield from _leaves((value.start, value.stop, value.step))
+
+
+def _map(value: Any, function: Callable[[Any], Any]) -> Any:
+    """Return nested arguments with ``function`` applied to their leaves."""
+    if isinstance(value, list):
+        return [_map(element, function) for element in value]
+    if isinstance(value, tuple):
+        return tuple(_map(element, function) for element in value)
+    if isinstance(value, dict):
+        return {key: _map(element, function) for key, element in value.items()}
+    if isinstance(value, slice):
+        return slice(_map(value.start, function), _map(value.stop, function), _map(value.step, function))
+    return function(value)

@@ -1,0 +1,131 @@
+"""Exact rewrites of a prepared FX model: BatchNorm folded into the weights, and the way back to float."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import torch
+import torch.ao.nn.intrinsic as nni
+import torch.ao.nn.intrinsic.qat as nniqat
+import torch.ao.nn.qat as nnqat
+from torch import nn
+from torch.ao.quantization.fake_quantize import FakeQuantizeBase
+from torch.ao.quantization.observer import ObserverBase
+from torch.fx import GraphModule
+from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
+
+__all__ = ["float_copy", "fold_batch_norm", "is_quantizer", "replace_module", "sites"]
+
+# fused and folded class of each QAT class that still holds a BatchNorm
+FOLDED: dict[type[nn.Module], tuple[type[nn.Module], type[nn.Module]]] = {
+    nniqat.ConvBn1d: (nnqat.Conv1d, nn.Conv1d),
+    nniqat.ConvBn2d: (nnqat.Conv2d, nn.Conv2d),
+    nniqat.ConvBn3d: (nnqat.Conv3d, nn.Conv3d),
+    nniqat.ConvBnReLU1d: (nniqat.ConvReLU1d, nn.Conv1d),
+    nniqat.ConvBnReLU2d: (nniqat.ConvReLU2d, nn.Conv2d),
+    nniqat.ConvBnReLU3d: (nniqat.ConvReLU3d, nn.Conv3d),
+    nniqat.LinearBn1d: (nnqat.Linear, nn.Linear),
+}
+WITH_RELU = (
+    nniqat.ConvBnReLU1d,
+    nniqat.ConvBnReLU2d,
+    nniqat.ConvBnReLU3d,
+    nniqat.ConvReLU1d,
+    nniqat.ConvReLU2d,
+    nniqat.ConvReLU3d,
+    nniqat.LinearReLU,
+)
+
+
+def is_quantizer(module: nn.Module) -> bool:
+    """Whether torch.ao takes the module for an observer or a fake quantizer."""
+    return isinstance(module, ObserverBase | FakeQuantizeBase)
+
+
+def sites(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every place of a module in the tree, a shared module at each of its places."""
+    yield from model.named_modules(remove_duplicate=False)
+
+
+def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
+    """Puts ``new`` in the place ``path``."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, new)
+
+
+def _plain(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    """The float convolution or linear layer (without BatchNorm or ReLU) of a QAT module."""
+    bias = module.bias is not None
+    with torch.device("meta"):
+        if kind is nn.Linear:
+            plain = nn.Linear(module.in_features, module.out_features, bias)  # type: ignore[arg-type]
+        else:
+            names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+            settings = {name: getattr(module, name) for name in names}
+            plain = kind(**settings, bias=bias, padding_mode=module.padding_mode)  # type: ignore[assignment]
+    plain.weight = nn.Parameter(module.weight.detach().clone())  # type: ignore[arg-type,operator]
+    if bias:
+        plain.bias = nn.Parameter(module.bias.detach().clone())  # type: ignore[arg-type,operator,union-attr]
+    return plain.train(module.training)
+
+
+def _float_class(module: nn.Module) -> type[nn.Module]:
+    if isinstance(module, nn.Linear):
+        return nn.Linear
+    if isinstance(module, nn.Conv2d):
+        return nn.Conv2d
+    return nn.Conv1d if isinstance(module, nn.Conv1d) else nn.Conv3d
+
+
+def fold_batch_norm(model: nn.Module) -> None:
+    r"""Folds each fused BatchNorm of a QAT model into its convolution, in place, with running statistics.
+
+    .. math:: w' = w\,\gamma / \sigma, \qquad b' = (b - \mu)\,\gamma / \sigma + \beta
+
+    torch.ao divides by :math:`\gamma / \sigma` in its own fused modules; here a channel with
+    :math:`\gamma = 0` is a channel of zeros.
+    """
+    for path, module in list(sites(model)):
+        target = FOLDED.get(type(module))
+        if target is None:
+            continue
+        qat_class, float_class = target
+        bn = module.bn
+        args = (bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)  # type: ignore[union-attr]
+        fuse = fuse_linear_bn_weights if float_class is nn.Linear else fuse_conv_bn_weights
+        weight, bias = fuse(module.weight, module.bias, *args)  # type: ignore[arg-type]
+        plain = _plain(module, float_class)
+        plain.weight, plain.bias = weight, bias  # type: ignore[assignment]
+        plain.qconfig = module.qconfig  # type: ignore[assignment]
+        source = plain
+        if type(module) in WITH_RELU:
+            fused = {nn.Conv1d: nni.ConvReLU1d, nn.Conv2d: nni.ConvReLU2d, nn.Conv3d: nni.ConvReLU3d}[float_class]
+            source = fused(plain, nn.ReLU())
+            source.qconfig = module.qconfig  # type: ignore[assignment]
+        folded = qat_class.from_float(source)  # type: ignore[attr-defined]
+        folded.weight_fake_quant = module.weight_fake_quant
+        folded.train(module.training)
+        replace_module(model, path, folded)
+
+
+def float_copy(prepared: GraphModule) -> GraphModule:
+    """The network before it was prepared: same weights, BatchNorm apart, nothing observed or quantized."""
+    model = copy.deepcopy(prepared)
+    for node in list(model.graph.nodes):
+        if node.op == "call_module" and is_quantizer(model.get_submodule(node.target)):
+            node.replace_all_uses_with(node.args[0])
+            model.graph.erase_node(node)
+    for path, module in list(sites(model)):
+        if not hasattr(module, "weight_fake_quant"):
+            continue
+        plain = _plain(module, _float_class(module))
+        parts = [plain]
+        if type(module) in FOLDED:
+            parts.append(module.bn)  # type: ignore[arg-type]
+        if type(module) in WITH_RELU:
+            parts.append(nn.ReLU())
+        replace_module(model, path, parts[0] if len(parts) == 1 else nn.Sequential(*parts))
+    model.delete_all_unused_submodules()
+    model.recompile()
+    return model

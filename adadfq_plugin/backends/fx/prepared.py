@@ -1,0 +1,312 @@
+"""A prepared FX model, opened as a private copy: observed, trained, written back, converted."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.ao.quantization import QConfig
+from torch.ao.quantization.fake_quantize import FakeQuantizeBase, FixedQParamsFakeQuantize
+from torch.ao.quantization.observer import ObserverBase, PlaceholderObserver
+from torch.ao.quantization.quantize_fx import convert_fx
+from torch.fx import GraphModule, Node
+
+from adadfq_plugin.backends.fx.fake_quantize import LearnedFakeQuantize
+from adadfq_plugin.backends.fx.folding import float_copy, fold_batch_norm, is_quantizer, replace_module, sites
+from adadfq_plugin.backends.fx.kernels import has_vnni, largest_activation
+from adadfq_plugin.contracts import Phase
+from adadfq_plugin.errors import ModelError
+
+__all__ = ["FXPrepared", "prepared_attributes"]
+
+ATTRIBUTES = "_observed_graph_module_attrs"
+INTEGER = (torch.quint8, torch.qint8)
+WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.ConvTranspose1d, nn.ConvTranspose2d)
+
+
+AVERAGES = (
+    nn.AdaptiveAvgPool1d,
+    nn.AdaptiveAvgPool2d,
+    nn.AdaptiveAvgPool3d,
+    nn.AvgPool1d,
+    nn.AvgPool2d,
+    nn.AvgPool3d,
+    nn.functional.adaptive_avg_pool2d,
+    nn.functional.avg_pool2d,
+    torch.mean,
+    "mean",
+)
+
+
+def prepared_attributes(model: nn.Module) -> Any:
+    """torch.ao's notes on a prepared FX model, or None if it isn't one."""
+    return model.meta.get(ATTRIBUTES) if isinstance(model, GraphModule) else None
+
+
+def _constant(quantizer: LearnedFakeQuantize) -> LearnedFakeQuantize:
+    return copy.deepcopy(quantizer)
+
+
+class FXPrepared:
+    """The private copy of one prepared model; see :class:`adadfq_plugin.contracts.Prepared`.
+
+    Args:
+        original: a model of ``prepare_qat_fx`` or ``prepare_fx``; touched by :meth:`commit` alone.
+    """
+
+    def __init__(self, original: GraphModule) -> None:
+        self._original = original
+        self.notes: list[str] = []
+        self.module: GraphModule = copy.deepcopy(original)
+        self.trainable = bool(prepared_attributes(original).is_qat)
+        fold_batch_norm(self.module)
+        if self.trainable:
+            self._learn_quantizers()
+            self._widen_boundary()
+            self._fit_kernels()
+            self._mark_averages()
+        self._refuse_nothing_quantized()
+
+    # -- what was prepared -------------------------------------------------------------------------
+
+    def _learn_quantizers(self) -> None:
+        learned: dict[int, LearnedFakeQuantize] = {}
+        for path, module in list(sites(self.module)):
+            if not isinstance(module, FakeQuantizeBase) or isinstance(module, FixedQParamsFakeQuantize):
+                continue
+            if getattr(module, "is_dynamic", False) or module.dtype not in INTEGER:
+                continue
+            if id(module) not in learned:
+                learned[id(module)] = LearnedFakeQuantize.like(module)
+            replace_module(self.module, path, learned[id(module)])
+
+    def _quantizers(self) -> list[LearnedFakeQuantize]:
+        return [module for module in self.module.modules() if isinstance(module, LearnedFakeQuantize)]
+
+    def _activation_nodes(self) -> list[Node]:
+        return [
+            node
+            for node in self.module.graph.nodes
+            if node.op == "call_module" and is_quantizer(self.module.get_submodule(str(node.target)))
+        ]
+
+    def _quantizer_of(self, node: Node) -> LearnedFakeQuantize | None:
+        module = self.module.get_submodule(str(node.target))
+        return module if isinstance(module, LearnedFakeQuantize) else None
+
+    def _widen_boundary(self) -> None:
+        """The network's input and logits take their own number of levels where the qconfig says so."""
+        for node in self._activation_nodes():
+            quantizer = self._quantizer_of(node)
+            if quantizer is None or quantizer.boundary_max is None:
+                continue
+            source = node.args[0]
+            at_input = isinstance(source, Node) and source.op == "placeholder"
+            if at_input or any(user.op == "output" for user in node.users):
+                quantizer.set_levels(quantizer.quant_min, quantizer.boundary_max)
+
+    def _fit_kernels(self) -> None:
+        """Fewer activation levels in front of kernels that would overflow on this CPU."""
+        engine, vnni, narrowed = torch.backends.quantized.engine, has_vnni(), 0
+        for node in self._activation_nodes():
+            quantizer = self._quantizer_of(node)
+            if quantizer is None or quantizer.dtype != torch.quint8:
+                continue
+            for user in node.users:
+                weight = self._weight_quantizer(user)
+                if weight is None:
+                    continue
+                limit = largest_activation(
+                    engine, vnni, smallest_weight=weight.quant_min, largest_weight=weight.quant_max
+                )
+                if quantizer.quant_max > limit:
+                    quantizer.set_levels(quantizer.quant_min, limit)
+                    narrowed += 1
+        if narrowed:
+            self.notes.append(
+                f"{narrowed} activations take 7 bits: without VNNI the {engine} kernels overflow on 8"
+            )
+
+    def _mark_averages(self) -> None:
+        for node in self._activation_nodes():
+            quantizer, source = self._quantizer_of(node), node.args[0]
+            if quantizer is None or not isinstance(source, Node):
+                continue
+            called = source.target
+            if source.op == "call_module":
+                called = type(self.module.get_submodule(str(called)))
+            quantizer.averages |= called in AVERAGES
+
+    def _weight_quantizer(self, node: Node) -> LearnedFakeQuantize | None:
+        if node.op != "call_module":
+            return None
+        found = getattr(self.module.get_submodule(str(node.target)), "weight_fake_quant", None)
+        return found if isinstance(found, LearnedFakeQuantize) else None
+
+    def _refuse_nothing_quantized(self) -> None:
+        if not self._activation_nodes():
+            raise ModelError(
+                "the prepared model quantizes nothing: its QConfigMapping matches none of its modules; "
+                "prepare it with a QConfig for Conv2d and Linear"
+            )
+
+    @property
+    def lowest_bits(self) -> int:
+        """Narrowest weight or activation, in bits; 8 where torch.ao's observers decide."""
+        return min((quantizer.bits for quantizer in self._quantizers()), default=8)
+
+    # -- phases ------------------------------------------------------------------------------------
+
+    @contextmanager
+    def phase(self, phase: Phase) -> Iterator[None]:
+        """Switches observers and fake quantizers for the length of the ``with``."""
+        observe = phase is Phase.OBSERVE
+        quantize = phase in (Phase.TRAIN, Phase.EVALUATE) and self.trainable
+        quantizers = [module for module in self.module.modules() if isinstance(module, FakeQuantizeBase)]
+        before = [(module.observer_enabled.clone(), module.fake_quant_enabled.clone()) for module in quantizers]
+        modes = [(module, module.training) for module in self.module.modules()]
+        self.module.eval()  # BatchNorm is folded or frozen, dropout off
+        for module in quantizers:
+            module.enable_observer(observe)
+            module.enable_fake_quant(quantize)
+            if isinstance(module, LearnedFakeQuantize):
+                module.sampling = observe
+                if observe:
+                    module.reset()
+        try:
+            yield
+        finally:
+            for module, (observer, fake_quant) in zip(quantizers, before, strict=True):
+                module.observer_enabled.copy_(observer)
+                module.fake_quant_enabled.copy_(fake_quant)
+                if isinstance(module, LearnedFakeQuantize):
+                    module.sampling = False
+            for each, training in modes:
+                each.training = training
+
+    def set_ranges(self, how: str = "mse") -> None:
+        """Turns what OBSERVE has seen into scales and zero points."""
+        for quantizer in self._quantizers():
+            if how == "mse":
+                quantizer.search()
+            else:
+                quantizer.reset()
+
+    def weights(self) -> Sequence[nn.Parameter]:
+        """Weights and biases of the network."""
+        steps = {id(step) for step in self.steps()}
+        return [parameter for parameter in self.module.parameters() if id(parameter) not in steps]
+
+    def steps(self) -> Sequence[nn.Parameter]:
+        """Logarithms of the step sizes."""
+        return [quantizer.log_scale for quantizer in self._quantizers()]
+
+    def float_model(self) -> nn.Module:
+        """The network before it was prepared."""
+        return float_copy(self._original)
+
+    # -- the way out -------------------------------------------------------------------------------
+
+    def _clip_weights(self) -> None:
+        """Weights beyond the last level: torch.ao's integer type would give them levels of their own."""
+        for module in self.module.modules():
+            quantizer = getattr(module, "weight_fake_quant", None)
+            weight = getattr(module, "weight", None)
+            if not self.trainable and isinstance(module, WEIGHTED) and getattr(module, "qconfig", None):
+                quantizer = self._observed_weight(module)
+            if isinstance(quantizer, LearnedFakeQuantize) and isinstance(weight, nn.Parameter):
+                low, high = quantizer.bounds()
+                if quantizer.per_channel:
+                    shape = [1] * weight.ndim
+                    shape[quantizer.ch_axis] = -1
+                    low, high = low.view(shape), high.view(shape)
+                weight.data.clamp_(low, high)
+
+    def _observed_weight(self, module: nn.Module) -> LearnedFakeQuantize | None:
+        """Fixes the range that torch.ao's own observer of the weight chooses (``prepare_fx``)."""
+        qconfig = module.qconfig
+        observer = qconfig.weight()  # type: ignore[union-attr,operator]
+        if getattr(observer, "dtype", None) not in INTEGER:
+            return None
+        observer(module.weight)
+        quantizer = LearnedFakeQuantize.like(observer)
+        scale, zero_point = observer.calculate_qparams()
+        quantizer.fix(scale, zero_point)
+        fixed = QConfig(activation=qconfig.activation, weight=functools.partial(_constant, quantizer))  # type: ignore[union-attr]
+        module.qconfig = fixed  # type: ignore[assignment]
+        return quantizer
+
+    def _limits(self, node: Node) -> tuple[float, float] | None:
+        """Bounds of an activation whose levels are fewer than its integer type holds; None if all are used."""
+        module = self.module.get_submodule(str(node.target))
+        if isinstance(module, LearnedFakeQuantize):
+            quantizer = module
+        elif isinstance(module, ObserverBase) and not isinstance(module, PlaceholderObserver):
+            if module.dtype not in INTEGER or getattr(module, "is_dynamic", False):
+                return None
+            quantizer = LearnedFakeQuantize.like(module)
+            quantizer.fix(*module.calculate_qparams())
+        else:
+            return None
+        if quantizer.per_channel or not quantizer.saturates_early():
+            return None
+        low, high = quantizer.bounds()
+        return float(low), float(high)
+
+    def _saturate_activations(self) -> None:
+        """A clamp behind each quantizer of few levels: ``convert_fx`` keeps clamps, but not quant_max."""
+        graph, scopes = self.module.graph, prepared_attributes(self.module).node_name_to_scope
+        for node in self._activation_nodes():
+            limits, source = self._limits(node), node.args[0]
+            if limits is None or not isinstance(source, Node):
+                continue
+            if any(user.target is torch.clamp for user in node.users) or self._keeps_levels(source, node):
+                continue
+            with graph.inserting_after(node):
+                clamp = graph.call_function(torch.clamp, (node, *limits))
+            with graph.inserting_after(clamp):
+                again = graph.call_module(str(node.target), (clamp,))
+            node.replace_all_uses_with(again, delete_user_cb=lambda user, clamp=clamp: user is not clamp)
+            scopes[clamp.name] = scopes.get(source.name, ("", None))
+        self.module.recompile()
+
+    def _keeps_levels(self, source: Node, node: Node) -> bool:
+        """Whether the value has already been saturated: an operation on one tensor with shared levels."""
+        inputs = source.all_input_nodes
+        shared = self.module.get_submodule(str(node.target))
+        return len(inputs) == 1 and all(
+            each.op == "call_module" and self.module.get_submodule(str(each.target)) is shared for each in inputs
+        )
+
+    def finish(self) -> None:
+        """Makes the private copy ready for ``convert_fx``; its outputs stay what they were."""
+        self._clip_weights()
+        self._saturate_activations()
+        for module in self.module.modules():
+            if isinstance(module, FakeQuantizeBase):
+                module.disable_observer()
+                module.enable_fake_quant()
+        for parameter in self.steps():
+            parameter.requires_grad_(False)
+
+    def commit(self) -> None:
+        """Writes the calibrated state into the user's model, in place."""
+        self.finish()
+        original, work = self._original, copy.deepcopy(self.module)
+        modes = {path: module.training for path, module in sites(original)}
+        for path, module in sites(work):
+            module.training = modes.get(path, original.training)
+        original._modules = work._modules
+        original.meta[ATTRIBUTES] = work.meta[ATTRIBUTES]
+        original.graph = work.graph
+
+    def convert(self) -> nn.Module:
+        """The integer network that ``convert_fx`` makes of the calibrated state."""
+        self.finish()
+        converted: nn.Module = convert_fx(copy.deepcopy(self.module).eval())
+        return converted

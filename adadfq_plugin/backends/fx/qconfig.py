@@ -1,0 +1,62 @@
+"""QConfigs of the deployable protocol: affine activations per tensor, symmetric weights per channel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch.ao.quantization import QConfig, QConfigMapping, get_default_qat_qconfig_mapping
+
+from adadfq_plugin.backends.fx.fake_quantize import LearnedFakeQuantize
+from adadfq_plugin.backends.fx.kernels import best_engine
+from adadfq_plugin.config import Scheme
+
+__all__ = ["qconfig_mapping"]
+
+
+def qconfig_mapping(scheme: Scheme, *, float_modules: Iterable[str] = ()) -> QConfigMapping:
+    """The mapping for ``prepare_qat_fx`` at the widths of a scheme.
+
+    Operations with ranges of their own (sigmoid, softmax) keep torch.ao's fixed ones. The input and the
+    logits take ``boundary_bits`` when the model is calibrated.
+
+    Args:
+        scheme: widths and engine.
+        float_modules: names of modules that stay in float.
+
+    Returns:
+        a mapping that a user may extend before preparing.
+    """
+    engine = best_engine() if scheme.engine == "auto" else scheme.engine
+    bits = scheme.weight_bits
+    # qnnpack's per-channel kernels take no weight of -128
+    lowest = -(2 ** (bits - 1)) + (1 if engine == "qnnpack" and bits == 8 else 0)
+    activation = LearnedFakeQuantize.with_args(
+        quant_min=0,
+        quant_max=2**scheme.activation_bits - 1,
+        dtype=torch.quint8,
+        qscheme=torch.per_tensor_affine,
+        boundary_max=2**scheme.boundary_bits - 1,
+    )
+    channels = {"dtype": torch.qint8, "qscheme": torch.per_channel_symmetric}
+    weight = LearnedFakeQuantize.with_args(quant_min=lowest, quant_max=2 ** (bits - 1) - 1, ch_axis=0, **channels)
+    transposed = LearnedFakeQuantize.with_args(
+        quant_min=lowest, quant_max=2 ** (bits - 1) - 1, ch_axis=1, **channels
+    )
+    mapping = QConfigMapping().set_global(QConfig(activation=activation, weight=weight))
+    for kind in (torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d):
+        mapping.set_object_type(kind, QConfig(activation=activation, weight=transposed))
+    default = get_default_qat_qconfig_mapping(engine)
+    for operation, qconfig in default.object_type_qconfigs.items():
+        if _has_fixed_range(qconfig):
+            mapping.set_object_type(operation, QConfig(activation=qconfig.activation, weight=weight))
+    for name in float_modules:
+        mapping.set_module_name(name, None)
+    return mapping
+
+
+def _has_fixed_range(qconfig: QConfig | None) -> bool:
+    if qconfig is None:
+        return False
+    fixed = torch.ao.quantization.FixedQParamsFakeQuantize
+    return isinstance(qconfig.activation(), fixed)

@@ -1,0 +1,177 @@
+"""Frozen, validated settings: each default stands here once; CLI options and docs are made from it."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from adadfq_plugin.errors import SettingsError, UnknownNameError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = ["AdaDFQSettings", "GeneratorSettings", "Scheme", "Settings", "build", "from_toml", "to_toml"]
+
+Bits = Annotated[int, Field(ge=2, le=8)]
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+class Scheme(_Frozen):
+    """How the network is quantized (the deployable protocol): WxAy is ``weight_bits``, ``activation_bits``."""
+
+    weight_bits: Bits = Field(8, description="bits of the weights, symmetric per output channel")
+    activation_bits: Bits = Field(8, description="bits of the activations, affine per tensor")
+    boundary_bits: Bits = Field(8, description="bits of the network's input and of its logits")
+    engine: Literal["auto", "x86", "fbgemm", "onednn", "qnnpack"] = Field(
+        "auto", description="integer kernels to prepare for; auto takes the best of this machine"
+    )
+
+
+class Settings(_Frozen):
+    """What every method has: how many samples, and how the quantized network Q learns from them."""
+
+    samples: Positive | None = Field(
+        None, description="synthetic images kept for Q to learn from; unset: 2048 up to 64 pixels, else 256"
+    )
+    batch_size: Positive | None = Field(
+        None, description="images in a training step of Q; unset: 64 up to 64 pixels, else 16"
+    )
+    steps: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="training steps of Q, 0 sets ranges only; unset: from the bits and the network's cost"
+    )
+    optimizer: Literal["adam", "sgd"] = Field("adam", description="optimiser of Q")
+    learning_rate: Rate | None = Field(
+        None, description="initial learning rate of Q's weights; unset: 5e-4 at 4 bits, halved for each bit more"
+    )
+    step_size_learning_rate: Rate | None = Field(
+        None, description="learning rate of the step sizes, relative to each; unset: as learning_rate"
+    )
+    weight_decay: NonNegative = Field(0.0, description="weight decay of Q's weights")
+    schedule: Literal["cosine", "stages"] = Field("cosine", description="decay of Q's learning rates")
+    stages: tuple[Fraction, ...] = Field(
+        (0.25, 0.5, 0.75), description="fractions of the run at which 'stages' divides the rates by ten"
+    )
+    loss: Literal["kl", "information"] = Field(
+        "kl", description="what Q minimises: divergence from P, or the paper's negative disagreement information"
+    )
+    temperature: Rate = Field(4.0, description="temperature of Q's loss")
+    ranges: Literal["mse", "minmax"] = Field("mse", description="start of the activation and weight ranges")
+    range_samples: Positive = Field(256, description="images that the observers see")
+    learn_step_sizes: bool = Field(True, description="train the step sizes of weights and activations (LSQ)")
+
+
+class GeneratorSettings(Settings):
+    """Settings of the methods that train a generator against the teacher."""
+
+    latent_dim: Positive = Field(128, description="length of the generator's latent vector")
+    generator_width: Positive = Field(128, description="channels of the generator's first stage")
+    generator_learning_rate: Rate = Field(1e-3, description="learning rate of the generator (Adam)")
+    generator_batch_size: Positive | None = Field(
+        None, description="images in a step of the generator; unset: as batch_size"
+    )
+    warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="steps of the generator before Q joins; unset: from the network's cost"
+    )
+    gamma: NonNegative = Field(1.0, description="weight of the BatchNorm-statistics loss (paper: 1)")
+    tv: NonNegative = Field(0.0, description="weight of the total variation of the images")
+
+
+class AdaDFQSettings(GeneratorSettings):
+    """Settings of AdaDFQ; the symbols are the paper's (Qian et al., CVPR 2023, section 3)."""
+
+    alpha_ds: NonNegative = Field(0.2, description="weight of the disagreement samples' loss")
+    alpha_as: NonNegative = Field(0.1, description="weight of the agreement samples' loss")
+    beta: NonNegative = Field(1.0, description="weight of the balance loss")
+    lambda_l: Fraction = Field(0.1, description="lower boundary of the normalised information")
+    lambda_u: Fraction = Field(0.8, description="upper boundary of the normalised information")
+    generator_interval: Positive = Field(4, description="steps of Q for each step of the generator")
+    replay: bool = Field(True, description="Q learns from a pool of kept samples, not from the newest alone")
+
+    def model_post_init(self, _context: Any) -> None:
+        if self.lambda_l >= self.lambda_u:
+            raise ValueError(f"lambda_l ({self.lambda_l}) must lie below lambda_u ({self.lambda_u})")
+
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
+def nearest(name: str, names: list[str] | tuple[str, ...]) -> str:
+    """``, did you mean 'x'?`` for the nearest of ``names``, or nothing.
+
+    Example:
+        >>> nearest("gama", ["gamma", "beta"])
+        ", did you mean 'gamma'?"
+    """
+    close = difflib.get_close_matches(name, names, n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def build(kind: type[ModelT], values: Mapping[str, Any]) -> ModelT:
+    """Validated settings from plain values.
+
+    Args:
+        kind: the settings class.
+        values: field names to values; those absent keep their defaults.
+
+    Raises:
+        UnknownNameError: a name that ``kind`` has no field for, with the nearest one.
+        SettingsError: a value out of bounds or values that contradict each other.
+
+    Example:
+        >>> build(Scheme, {"weight_bits": 4}).weight_bits
+        4
+    """
+    fields = list(kind.model_fields)
+    for name in values:
+        if name not in fields:
+            raise UnknownNameError(
+                f"{kind.__name__} has no setting {name!r}{nearest(name, fields)} (it has: {', '.join(fields)})"
+            )
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        culprit = f"setting {where} = {first['input']!r}: " if where else ""
+        raise SettingsError(f"{culprit}{first['msg'].removeprefix('Value error, ')}") from None
+
+
+def to_toml(sections: Mapping[str, BaseModel | Mapping[str, Any]]) -> str:
+    """TOML text, one table a section; unset values are left out.
+
+    Example:
+        >>> print(to_toml({"scheme": Scheme(weight_bits=4)}).splitlines()[1])
+        weight_bits = 4
+    """
+    tables = {
+        name: section.model_dump(mode="json", exclude_none=True) if isinstance(section, BaseModel) else dict(section)
+        for name, section in sections.items()
+    }
+    return tomli_w.dumps(tables)
+
+
+def from_toml(path: str | Path) -> dict[str, Any]:
+    """The tables of a TOML file, as plain values.
+
+    Raises:
+        SettingsError: the file can't be read or isn't TOML.
+    """
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SettingsError(f"settings file {str(path)!r}: {error}") from error

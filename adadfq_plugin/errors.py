@@ -1,0 +1,56 @@
+"""Every error that the package raises on purpose: the message names the culprit and the way out."""
+
+__all__ = [
+    "AdaDFQError",
+    "BrokenPluginError",
+    "DataError",
+    "ModelError",
+    "OutputError",
+    "SettingsError",
+    "UnknownNameError",
+    "UntraceableError",
+]
+
+
+class AdaDFQError(Exception):
+    """Base of all errors of this package; ``exit_code`` is what the command line ends with."""
+
+    exit_code = 1
+
+
+class SettingsError(AdaDFQError):
+    """A setting, preset, file of settings or argument that can't be used as given."""
+
+    exit_code = 2
+
+
+class UnknownNameError(SettingsError):
+    """A name that no method, backend, preset or setting goes by; the nearest one is named."""
+
+
+class ModelError(AdaDFQError):
+    """A model that can't be calibrated: not prepared, already converted, NaN weights, no prior."""
+
+    exit_code = 3
+
+
+class UntraceableError(ModelError):
+    """A model that can't be rewritten for the FX tracer; the module and the reason are named."""
+
+
+class DataError(AdaDFQError):
+    """A checkpoint, image folder or synthetic set that can't be read."""
+
+    exit_code = 4
+
+
+class OutputError(AdaDFQError):
+    """An output folder that can't be written."""
+
+    exit_code = 5
+
+
+class BrokenPluginError(AdaDFQError):
+    """A third-party entry point that fails to load; its distribution is named."""
+
+    exit_code = 6

@@ -1,0 +1,129 @@
+"""Writing files so that a reader never meets half of one."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from adadfq_plugin.errors import OutputError
+
+__all__ = ["atomic_file", "atomic_folder", "check_file", "check_folder"]
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """A temporary sibling of ``path`` to write to; it takes its place when the ``with`` ends well.
+
+    Args:
+        path: the file to write; its folder is made if it isn't there.
+
+    Yields:
+        The temporary file's path. It is removed when the ``with`` ends with an exception.
+
+    Raises:
+        OutputError: the operating system refuses; the message names ``path`` and the reason.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with atomic_file(Path(folder) / "a.txt") as temporary:
+        ...         _ = temporary.write_text("whole")
+        ...     os.listdir(folder)
+        ['a.txt']
+    """
+    target = Path(path)
+    temporary = _open_file(target)
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    except OSError as error:
+        raise _refused(target, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
+    """A temporary sibling folder of ``path``; it takes its place when the ``with`` ends well.
+
+    Args:
+        path: the folder to write; those above it are made if they aren't there.
+        replace: whether a folder that already holds something may be replaced.
+
+    Yields:
+        The temporary folder's path. It is removed when the ``with`` ends with an exception.
+
+    Raises:
+        OutputError: ``path`` holds something and ``replace`` is off, it is a file, or the operating
+            system refuses; the message names ``path`` and the reason.
+    """
+    target = Path(path)
+    temporary = _open_folder(target, replace)
+    try:
+        yield temporary
+        if target.is_dir():  # what was there goes aside first, so that no moment shows a mixture
+            aside = temporary.with_suffix(".old")
+            os.rename(target, aside)
+            os.rename(temporary, target)
+            shutil.rmtree(aside)
+        else:
+            os.rename(temporary, target)
+    except OSError as error:
+        raise _refused(target, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_folder(path: str | Path, *, replace: bool = False) -> None:
+    """Refuses now what :func:`atomic_folder` would refuse at its beginning; leaves nothing behind.
+
+    Raises:
+        OutputError: as :func:`atomic_folder`.
+    """
+    _open_folder(Path(path), replace).rmdir()
+
+
+def check_file(path: str | Path) -> None:
+    """Refuses now what :func:`atomic_file` would refuse at its beginning; leaves nothing behind.
+
+    Raises:
+        OutputError: as :func:`atomic_file`.
+    """
+    _open_file(Path(path)).unlink()
+
+
+def _open_file(target: Path) -> Path:
+    try:
+        if target.is_dir():
+            raise OutputError(f"{target} is a folder, not a file")
+        temporary = _sibling(target)
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch(exist_ok=False)
+    except OSError as error:
+        raise _refused(target, error) from error
+    return temporary
+
+
+def _open_folder(target: Path, replace: bool) -> Path:
+    try:
+        if target.exists() and not target.is_dir():
+            raise OutputError(f"{target} is a file, not a folder")
+        if not replace and target.is_dir() and any(target.iterdir()):
+            raise OutputError(f"{target} exists and is not empty")
+        temporary = _sibling(target)
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise _refused(target, error) from error
+    return temporary
+
+
+def _refused(target: Path, error: OSError) -> OutputError:
+    return OutputError(f"can't write {target}: {error.strerror or error}")
+
+
+def _sibling(target: Path) -> Path:
+    return target.absolute().with_name(f".{target.name}.{secrets.token_hex(4)}.part")

@@ -1,0 +1,8 @@
+"""The zero-sum game: G looks for samples on which Q and P neither agree nor disagree too much; Q learns them."""
+
+from adadfq_plugin.game.generator import GeneratorPlayer
+from adadfq_plugin.game.pace import Pace, Plan, make_plan
+from adadfq_plugin.game.pool import ReplayPool, augment
+from adadfq_plugin.game.quantized import QuantizedPlayer
+
+__all__ = ["GeneratorPlayer", "Pace", "Plan", "QuantizedPlayer", "ReplayPool", "augment", "make_plan"]

@@ -1,0 +1,124 @@
+"""G, the player that makes the samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from adadfq_plugin.config import AdaDFQSettings, GeneratorSettings
+from adadfq_plugin.functional import (
+    balance_loss,
+    disagreement_information,
+    generator_loss,
+    margin_loss,
+    normalized_information,
+)
+from adadfq_plugin.game.pace import Pace
+from adadfq_plugin.generators import make_generator
+from adadfq_plugin.priors import BNStatistics, PriorSum, TotalVariation
+from adadfq_plugin.teacher import Teacher
+
+__all__ = ["GeneratorPlayer"]
+
+
+class GeneratorPlayer:
+    """The generator with its optimiser, trained against the frozen teacher.
+
+    Args:
+        teacher: P.
+        settings: sizes, rates and weights.
+        batch_size: images a step.
+        rng: source of latent vectors and labels, on the CPU.
+        device: where to run.
+
+    Raises:
+        ModelError: the teacher admits no BatchNorm-statistics prior.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        settings: GeneratorSettings,
+        batch_size: int,
+        rng: torch.Generator,
+        device: torch.device,
+    ) -> None:
+        self.teacher, self.settings, self.batch_size, self._rng = teacher, settings, batch_size, rng
+        self.prior = PriorSum([(settings.gamma, BNStatistics()), (settings.tv, TotalVariation())], teacher.model)
+        self.generator = make_generator(teacher.facts, settings.latent_dim, settings.generator_width).to(device)
+        self.parameters = list(self.generator.parameters())
+        self.optimizer = torch.optim.Adam(
+            self.parameters, lr=settings.generator_learning_rate, betas=(0.5, 0.999)
+        )
+
+    @contextmanager
+    def watching(self) -> Iterator[Callable[[], Tensor]]:
+        """The prior's loss over P's most recent forward pass."""
+        with self.prior.watch(self.teacher.model) as loss:
+            yield loss
+
+    def make(self) -> tuple[Tensor, Tensor]:
+        """A batch of images, with the graph that leads to G, and their labels."""
+        z, labels = self.generator.sample(self.batch_size, self._rng)
+        return self.generator(z, labels), labels
+
+    @torch.no_grad()
+    def sample(self) -> tuple[Tensor, Tensor]:
+        """A batch of images and labels without a graph."""
+        return self.make()
+
+    def warm_up(self, prior: Callable[[], Tensor], pace: Pace) -> dict[str, float]:
+        """One step without Q: the prior, and labels that P recognises."""
+        images, labels = self.make()
+        classification = nn.functional.cross_entropy(self.teacher(images), labels)
+        statistics = prior()
+        self._step(torch.autograd.grad(statistics + classification, self.parameters), pace.fraction)
+        return {"prior": statistics.item(), "cross_entropy": classification.item()}
+
+    def play(
+        self, prior: Callable[[], Tensor], z_p: Tensor, z_q: Tensor, labels: Tensor
+    ) -> tuple[list[Tensor], Mapping[str, float]]:
+        """Gradients of G's loss on a batch that both networks have seen; the graph is kept for Q.
+
+        Args:
+            prior: the prior's loss over P's forward pass of this batch.
+            z_p: logits of P, with the graph that leads to G.
+            z_q: logits of Q, likewise.
+            labels: the labels that G was given.
+
+        Returns:
+            gradients in the order of ``parameters``, and the figures of the step.
+        """
+        settings = self.settings
+        assert isinstance(settings, AdaDFQSettings)
+        information = normalized_information(disagreement_information(z_p, z_q), z_p.shape[1])
+        margin = margin_loss(information, settings.lambda_l, settings.lambda_u)
+        balance = balance_loss(z_p, z_q, labels, alpha_ds=settings.alpha_ds, alpha_as=settings.alpha_as)
+        statistics = prior()
+        loss = generator_loss(margin, balance, statistics, beta=settings.beta, gamma=1.0)
+        gradients = torch.autograd.grad(loss, self.parameters, retain_graph=True)
+        figures = {
+            "margin": margin.item(),
+            "balance": balance.item(),
+            "prior": statistics.item(),
+            "information": information.mean().item(),
+        }
+        return list(gradients), figures
+
+    def update(self, gradients: list[Tensor], rate: float = 1.0) -> None:
+        """One update from gradients in the order of ``parameters``."""
+        self._apply(gradients, rate)
+
+    def _step(self, gradients: tuple[Tensor, ...], fraction: float) -> None:
+        self._apply(list(gradients), 1 - 0.9 * fraction)
+
+    def _apply(self, gradients: list[Tensor], rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.generator_learning_rate * rate
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)

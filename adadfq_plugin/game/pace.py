@@ -1,0 +1,106 @@
+"""How long each phase runs: a plan from the bit width and the network's cost, or the user's minutes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from adadfq_plugin.config import GeneratorSettings, Settings
+from adadfq_plugin.teacher import Teacher
+
+__all__ = ["Pace", "Plan", "make_plan"]
+
+SMALL = 64
+"""Largest image side that counts as small: large batches, many samples."""
+STEPS = {2: 2000, 3: 1500, 4: 1000, 5: 600, 6: 400, 7: 200, 8: 120}
+"""Training steps of Q by the narrowest width, for networks that are cheap to run."""
+WARMUP = {2: 1500, 3: 1500, 4: 1200, 5: 800, 6: 600, 7: 400, 8: 300}
+"""Steps of the generator before Q joins, likewise."""
+CHEAP = 4e9
+"""Multiply-adds of a batch's forward pass up to which a step counts as cheap."""
+LEAST_STEPS, LEAST_WARMUP = 60, 80
+SHARE = {"warmup": 0.45, "game": 0.5}
+"""Shares of the user's minutes; the rest is left to ranges and to the report."""
+MEASURED = 3
+"""Steps timed before a phase with a time limit knows its length."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes and lengths of one run; every unset setting has become a number.
+
+    Args:
+        batch_size: images in a step of Q.
+        generator_batch_size: images in a step of G.
+        samples: images kept.
+        warmup: steps of G alone.
+        steps: steps of Q.
+        minutes: the user's time limit, None for a run of fixed (repeatable) length.
+    """
+
+    batch_size: int
+    generator_batch_size: int
+    samples: int
+    warmup: int
+    steps: int
+    minutes: float | None = None
+
+    def pace(self, phase: str) -> Pace:
+        """The length of ``warmup`` or ``game``."""
+        steps = self.warmup if phase == "warmup" else self.steps
+        seconds = None if self.minutes is None or steps == 0 else self.minutes * 60 * SHARE[phase]
+        return Pace(steps, seconds)
+
+
+def make_plan(settings: Settings, teacher: Teacher, bits: int, minutes: float | None = None) -> Plan:
+    """The plan for a network: what the settings leave open follows from its cost and the bits.
+
+    Args:
+        settings: the method's settings.
+        teacher: the network with its facts and cost.
+        bits: narrowest width, 2 to 8.
+        minutes: time limit, or None.
+    """
+    small = max(teacher.facts.input_size[1:]) <= SMALL
+    batch = settings.batch_size or (64 if small else 16)
+    generator_batch, warmup = batch, 0
+    slow = max(1.0, batch * teacher.macs / CHEAP)
+    if isinstance(settings, GeneratorSettings):
+        generator_batch = settings.generator_batch_size or batch
+        warmup = settings.warmup_steps if settings.warmup_steps is not None else WARMUP[bits]
+        if settings.warmup_steps is None:
+            warmup = max(LEAST_WARMUP, round(warmup / slow))
+    steps = settings.steps if settings.steps is not None else max(LEAST_STEPS, round(STEPS[bits] / slow))
+    samples = settings.samples or (2048 if small else 256)
+    return Plan(batch, generator_batch, samples, warmup, steps, minutes)
+
+
+class Pace:
+    """Counts the steps of a phase: a fixed number, or as many as fit into a time.
+
+    Args:
+        steps: number of steps when there is no time limit.
+        seconds: time limit; the number of steps follows from the time of the first ones.
+
+    Example:
+        >>> [(step, pace.total) for pace in [Pace(2)] for step in pace]
+        [(1, 2), (2, 2)]
+    """
+
+    def __init__(self, steps: int, seconds: float | None = None) -> None:
+        self.total, self.seconds, self.step = steps, seconds, 0
+
+    @property
+    def fraction(self) -> float:
+        """How much of the phase lies behind the current step, 0 at the first."""
+        return min(1.0, (self.step - 1) / max(1, self.total))
+
+    def __iter__(self) -> Iterator[int]:
+        start = time.monotonic()
+        while self.step < self.total or (self.seconds is not None and self.step < MEASURED):
+            self.step += 1
+            yield self.step
+            if self.seconds is not None and self.step >= MEASURED:
+                elapsed = time.monotonic() - start
+                self.total = max(self.step, int(self.seconds * self.step / elapsed))

@@ -1,0 +1,79 @@
+"""Q, the player that is trained to agree with P."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from adadfq_plugin.config import Settings
+from adadfq_plugin.contracts import Prepared
+from adadfq_plugin.functional import kl_divergence_loss, quantized_loss
+from adadfq_plugin.game.pace import Pace
+
+__all__ = ["QuantizedPlayer", "default_learning_rate"]
+
+
+def default_learning_rate(bits: int) -> float:
+    """In proportion to a quantization step: 5e-4 at four bits, halved with every bit more.
+
+    Example:
+        >>> default_learning_rate(4), default_learning_rate(8)
+        (0.0005, 3.125e-05)
+    """
+    return 5e-4 * 2.0 ** (4 - bits)
+
+
+class QuantizedPlayer:
+    """Loss, optimiser and schedule of Q; step sizes learn beside the weights.
+
+    Args:
+        prepared: the private copy of the prepared network.
+        settings: losses and rates.
+        pace: the phase that the schedule follows.
+    """
+
+    def __init__(self, prepared: Prepared, settings: Settings, pace: Pace) -> None:
+        self.prepared, self.settings, self.pace = prepared, settings, pace
+        steps = list(prepared.steps()) if settings.learn_step_sizes else []
+        for step in steps:
+            step.requires_grad_(True)
+        rate = settings.learning_rate or default_learning_rate(prepared.lowest_bits)
+        self.parameters: list[nn.Parameter] = [*prepared.weights(), *steps]
+        groups = [{"params": list(prepared.weights()), "lr": rate, "weight_decay": settings.weight_decay}]
+        if steps:
+            relative = settings.step_size_learning_rate or default_learning_rate(prepared.lowest_bits)
+            groups.append({"params": steps, "lr": relative, "weight_decay": 0.0})
+        self.optimizer: torch.optim.Optimizer
+        if settings.optimizer == "adam":
+            self.optimizer = torch.optim.Adam(groups)
+        else:
+            self.optimizer = torch.optim.SGD(groups, lr=rate, momentum=0.9, nesterov=True)
+        self._rates = [group["lr"] for group in self.optimizer.param_groups]
+
+    def loss(self, z_p: Tensor, z_q: Tensor) -> Tensor:
+        """What Q minimises on one batch; no gradient reaches P."""
+        if self.settings.loss == "kl":
+            return kl_divergence_loss(z_p.detach(), z_q, temperature=self.settings.temperature)
+        return quantized_loss(z_p.detach(), z_q, temperature=self.settings.temperature)
+
+    def step(self, loss: Tensor) -> None:
+        """One update from a loss whose graph leads to Q."""
+        self.update(torch.autograd.grad(loss, self.parameters, allow_unused=True))
+
+    def update(self, gradients: Sequence[Tensor | None]) -> None:
+        """One update from gradients in the order of ``parameters``."""
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * self._decay()
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _decay(self) -> float:
+        fraction = self.pace.fraction
+        if self.settings.schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * fraction))
+        return 0.1 ** float(sum(fraction >= stage for stage in self.settings.stages))

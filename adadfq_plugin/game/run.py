@@ -1,0 +1,141 @@
+"""One run, phase by phase: warm up, fill the pool, set the ranges, play."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor
+
+from adadfq_plugin.config import AdaDFQSettings, GeneratorSettings
+from adadfq_plugin.contracts import Outcome, Phase, Task
+from adadfq_plugin.dataset import SyntheticDataset
+from adadfq_plugin.game.generator import GeneratorPlayer
+from adadfq_plugin.game.pace import make_plan
+from adadfq_plugin.game.pool import ReplayPool, augment
+from adadfq_plugin.game.quantized import QuantizedPlayer
+from adadfq_plugin.history import History
+
+__all__ = ["Run"]
+
+
+class Run:
+    """The phases that methods are made of; figures and times are kept along the way.
+
+    Args:
+        task: what the method was given.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.plan = make_plan(task.settings, task.teacher, task.prepared.lowest_bits, task.minutes)
+        self.rng = torch.Generator().manual_seed(task.seed)
+        self.pool = ReplayPool(self.plan.samples, self.rng)
+        self.history = History()
+        self.notes: list[str] = []
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self.seconds[phase] = time.monotonic() - start
+
+    def _report(self, phase: str, step: int, total: int, figures: dict[str, float]) -> None:
+        if figures:
+            self.history.record(phase, step, figures)
+        self.task.progress(phase, step, total, figures)
+
+    def player(self) -> GeneratorPlayer:
+        """A fresh generator for the task's teacher."""
+        settings = self.task.settings
+        assert isinstance(settings, GeneratorSettings)
+        return GeneratorPlayer(
+            self.task.teacher, settings, self.plan.generator_batch_size, self.rng, self.task.device
+        )
+
+    def warm_up(self, player: GeneratorPlayer) -> None:
+        """G alone, until its samples carry P's statistics."""
+        pace = self.plan.pace("warmup")
+        with self._timed("warmup"), player.watching() as prior:
+            for step in pace:
+                self._report("warmup", step, pace.total, player.warm_up(prior, pace))
+
+    def fill(self, draw: Callable[[], tuple[Tensor, Tensor]]) -> None:
+        """Draws batches until the pool is full."""
+        with self._timed("samples"):
+            while len(self.pool) < self.plan.samples:
+                images, labels = draw()
+                self.pool.add(images, labels)
+                self._report("samples", len(self.pool), self.plan.samples, {})
+
+    def observe(self) -> None:
+        """The observers see the pool; then the ranges are set."""
+        prepared, settings = self.task.prepared, self.task.settings
+        count = min(settings.range_samples, len(self.pool))
+        with self._timed("ranges"):
+            with torch.no_grad(), prepared.phase(Phase.OBSERVE):
+                images, _ = self.pool.draw(count)
+                for start in range(0, count, self.plan.batch_size):
+                    prepared.module(images[start : start + self.plan.batch_size].to(self.task.device))
+                    self._report("ranges", min(count, start + self.plan.batch_size), count, {})
+            prepared.set_ranges(settings.ranges)
+
+    def play(self, player: GeneratorPlayer | None = None) -> None:
+        """Q learns from the pool; with a player, G keeps looking for samples between the two boundaries.
+
+        One forward pass of Q on G's newest batch serves both players.
+        """
+        if not self.task.prepared.trainable or self.plan.steps == 0:
+            self.notes.append("Q was not trained: the ranges alone were set")
+            return
+        pace = self.plan.pace("game")
+        learner = QuantizedPlayer(self.task.prepared, self.task.settings, pace)
+        watching = player.watching() if player is not None else nullcontext()
+        with self._timed("game"), self.task.prepared.phase(Phase.TRAIN), watching as prior:
+            for step in pace:
+                if player is not None and prior is not None and self._is_round(step):
+                    figures = self._round(player, prior, learner)
+                else:
+                    figures = self._lesson(learner)
+                self._report("game", step, pace.total, figures)
+
+    def _is_round(self, step: int) -> bool:
+        settings = self.task.settings
+        return isinstance(settings, AdaDFQSettings) and (step - 1) % settings.generator_interval == 0
+
+    def _round(
+        self, player: GeneratorPlayer, prior: Callable[[], Tensor], learner: QuantizedPlayer
+    ) -> dict[str, float]:
+        """Both players move on G's newest batch."""
+        images, labels = player.make()
+        z_p, z_q = self.task.teacher(images), self.task.prepared.module(images)
+        for_g, figures = player.play(prior, z_p, z_q, labels)
+        loss = learner.loss(z_p, z_q)
+        for_q = torch.autograd.grad(loss, learner.parameters, allow_unused=True)
+        player.update(for_g)
+        learner.update(for_q)
+        self.pool.add(images, labels)
+        return {**figures, "loss": loss.item()}
+
+    def _lesson(self, learner: QuantizedPlayer) -> dict[str, float]:
+        """Q moves on kept samples, slightly changed."""
+        images, _ = self.pool.draw(self.plan.batch_size)
+        images = augment(images.to(self.task.device), self.rng)
+        with torch.no_grad():
+            z_p = self.task.teacher(images)
+        loss = learner.loss(z_p, self.task.prepared.module(images))
+        learner.step(loss)
+        return {"loss": loss.item()}
+
+    def outcome(self, method: str) -> Outcome:
+        """What the run leaves behind."""
+        provenance = {
+            "method": method,
+            "seed": self.task.seed,
+            "settings": self.task.settings.model_dump(mode="json"),
+        }
+        samples = SyntheticDataset(self.pool.images, self.pool.labels, self.task.teacher.facts, provenance)
+        return Outcome(samples, self.history, self.notes, self.seconds)

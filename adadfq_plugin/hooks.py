@@ -1,0 +1,221 @@
+"""Temporary changes that always come back: after the block, after an exception in it, and nested."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+__all__ = ["capture_inputs", "fork_rng", "frozen", "module_modes", "temporary_attributes"]
+
+
+@contextmanager
+def capture_inputs(
+    modules: Mapping[str, nn.Module] | Iterable[tuple[str, nn.Module]],
+) -> Iterator[dict[str, Tensor]]:
+    """Record the first input of each module whenever it runs.
+
+    The tensors stay in their graph, so a loss of them reaches the images. The first input is the first
+    positional argument, or the first keyword argument where there is none. A module that runs twice leaves
+    its latest input.
+
+    Args:
+        modules: Modules by name, as a mapping or as pairs, for instance ``model.named_modules()``.
+
+    Yields:
+        A dictionary from names to inputs, empty until a module runs. It keeps its contents after the block.
+
+    Raises:
+        TypeError: A value is not a module, or a module runs with a first input that is not a tensor.
+
+    Example:
+        >>> import torch
+        >>> layer = torch.nn.ReLU()
+        >>> with capture_inputs({"act": layer}) as inputs:
+        ...     _ = layer(torch.tensor([-1.0, 2.0]))
+        >>> inputs
+        {'act': tensor([-1.,  2.])}
+        >>> len(layer._forward_pre_hooks)
+        0
+    """
+    pairs = list(modules.items() if isinstance(modules, Mapping) else modules)
+    inputs: dict[str, Tensor] = {}
+    with ExitStack() as handles:
+        for name, module in pairs:
+            if not isinstance(module, nn.Module):
+                raise TypeError(f"modules[{name!r}] must be a torch.nn.Module; got {type(module).__name__}")
+            handle = module.register_forward_pre_hook(partial(_record, inputs, name), with_kwargs=True)
+            handles.callback(handle.remove)
+        yield inputs
+
+
+def _record(
+    inputs: dict[str, Tensor], name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    first = next(iter((*args, *kwargs.values())), None)
+    if not isinstance(first, Tensor):
+        raise TypeError(f"the first input of {name!r} must be a tensor; got {type(first).__name__}")
+    inputs[name] = first
+
+
+@contextmanager
+def module_modes(module: nn.Module, training: bool) -> Iterator[None]:
+    """Put a module and all its submodules into train or eval mode; give each its own flag back afterwards.
+
+    ``module.train(training)`` does the first, so a module that overrides ``train`` (a frozen BatchNorm, say)
+    is asked. The flags are put back one by one, so a mixture of modes survives.
+
+    Args:
+        module: The root of the tree.
+        training: True for train mode, False for eval mode.
+
+    Yields:
+        Nothing.
+
+    Example:
+        >>> import torch
+        >>> net = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Dropout().eval())
+        >>> with module_modes(net, training=False):
+        ...     [m.training for m in net.modules()]
+        [False, False, False]
+        >>> [m.training for m in net.modules()]
+        [True, True, False]
+    """
+    flags = [(submodule, submodule.training) for submodule in module.modules()]
+    try:
+        module.train(training)
+        yield
+    finally:
+        for submodule, flag in flags:
+            submodule.training = flag
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Compute no gradient for any parameter of a module; give each its own flag back afterwards.
+
+    Gradients still flow through the module to its input. ``.grad`` of the parameters stays as it is.
+
+    Args:
+        module: The module whose parameters get ``requires_grad = False``.
+
+    Yields:
+        Nothing.
+
+    Example:
+        >>> import torch
+        >>> layer = torch.nn.Linear(2, 1, device="meta")
+        >>> with frozen(layer):
+        ...     [p.requires_grad for p in layer.parameters()]
+        [False, False]
+        >>> [p.requires_grad for p in layer.parameters()]
+        [True, True]
+    """
+    flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def fork_rng(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
+    """Draw from freshly seeded global generators; leave the caller's random streams as if nothing was drawn.
+
+    Seeded, and restored afterwards, are torch's CPU generator, the generator of ``device`` where it is an
+    accelerator, :mod:`random` and ``numpy.random``. Generators of other accelerators are not touched.
+
+    Args:
+        seed: Any integer in [0, 2**64); NumPy gets its lower 32 bits.
+        device: The device whose generator takes part: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ValueError: The seed is out of range.
+
+    Example:
+        >>> import torch
+        >>> before = torch.get_rng_state()
+        >>> with fork_rng(0):
+        ...     first = torch.rand(3)
+        >>> with fork_rng(0):
+        ...     second = torch.rand(3)
+        >>> torch.equal(first, second), torch.equal(before, torch.get_rng_state())
+        (True, True)
+    """
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be in [0, 2**64); got {seed}")
+    generators = [torch.default_generator]
+    device = torch.device(device)
+    if device.type == "cuda":
+        # Asked for in any case: this starts CUDA, and before that there are no generators.
+        current = torch.cuda.current_device()
+        generators.append(torch.cuda.default_generators[current if device.index is None else device.index])
+    elif device.type == "mps":
+        generators.append(torch.mps._get_default_mps_generator())
+    torch_states = [generator.get_state() for generator in generators]
+    random_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        # Not torch.manual_seed, which would reseed every accelerator in the process.
+        for generator in generators:
+            generator.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        yield
+    finally:
+        for generator, state in zip(generators, torch_states, strict=True):
+            generator.set_state(state)
+        random.setstate(random_state)
+        np.random.set_state(numpy_state)
+
+
+@contextmanager
+def temporary_attributes(obj: object, **values: object) -> Iterator[None]:
+    """Set attributes of any object for the length of a block.
+
+    An attribute that the object did not have, or had only from its class, is deleted again afterwards.
+
+    Args:
+        obj: An instance, a class or a module.
+        **values: The attributes and their temporary values.
+
+    Yields:
+        Nothing.
+
+    Example:
+        >>> import types
+        >>> settings = types.SimpleNamespace(level=1)
+        >>> with temporary_attributes(settings, level=2, extra="x"):
+        ...     settings
+        namespace(level=2, extra='x')
+        >>> settings
+        namespace(level=1)
+    """
+    with ExitStack() as undo:
+        for name, value in values.items():
+            own = getattr(obj, "__dict__", {})
+            if name in own:
+                # The raw entry, since getattr would strip a staticmethod or a descriptor of its wrapper.
+                present, old = True, own[name]
+            else:
+                inherited = getattr(type(obj), name, None)
+                delegated = hasattr(inherited, "__set__") or not hasattr(type(obj), name)
+                present = delegated and hasattr(obj, name)
+                old = getattr(obj, name) if present else None
+            setattr(obj, name, value)
+            if present:
+                undo.callback(setattr, obj, name, old)
+            else:
+                undo.callback(delattr, obj, name)
+        yield

@@ -1,0 +1,1 @@
+"""The registered methods: each a short list of phases."""

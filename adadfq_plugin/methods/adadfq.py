@@ -1,0 +1,71 @@
+"""Adaptive data-free quantization (Qian et al., CVPR 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from adadfq_plugin.config import AdaDFQSettings
+from adadfq_plugin.contracts import Outcome, Task
+from adadfq_plugin.game.run import Run
+
+__all__ = ["AdaDFQ"]
+
+_PAPER: dict[str, Any] = {
+    # 400 epochs of 200 steps of 16 images; every batch is new to Q and one step of G comes with each of Q
+    "batch_size": 16,
+    "generator_interval": 1,
+    "replay": False,
+    "latent_dim": 100,
+    "generator_width": 128,
+    "optimizer": "sgd",
+    "weight_decay": 1e-4,
+    "loss": "information",
+    "schedule": "stages",
+    "ranges": "minmax",
+    "learn_step_sizes": False,
+}
+
+
+class AdaDFQ:
+    """Generator and quantized network play a zero-sum game between two boundaries."""
+
+    name = "adadfq"
+    summary = "adaptive generator between the disagreement and agreement boundaries (AdaDFQ)"
+    settings = AdaDFQSettings
+    presets: Mapping[str, Mapping[str, Any]] = {
+        "paper_cifar": {
+            **_PAPER,
+            "steps": 396 * 200,
+            "warmup_steps": 4 * 200,
+            "learning_rate": 1e-4,
+            "stages": (0.25, 0.5, 0.75),
+            "temperature": 20.0,
+        },
+        "paper_resnet18": {
+            **_PAPER,
+            "steps": 350 * 200,
+            "warmup_steps": 50 * 200,
+            "learning_rate": 1e-5,
+            "stages": (0.875,),
+            "temperature": 5.0,
+        },
+        "paper_resnet50": {
+            **_PAPER,
+            "steps": 350 * 200,
+            "warmup_steps": 50 * 200,
+            "learning_rate": 1e-4,
+            "stages": (0.375, 0.75),
+            "temperature": 5.0,
+        },
+    }
+
+    def calibrate(self, task: Task) -> Outcome:
+        """Warm-up, ranges, game."""
+        run = Run(task)
+        player = run.player()
+        run.warm_up(player)
+        run.fill(player.sample)
+        run.observe()
+        run.play(player)
+        return run.outcome(self.name)

@@ -1,0 +1,38 @@
+"""Gaussian inputs: the floor under every other method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adadfq_plugin.config import Settings
+from adadfq_plugin.contracts import Outcome, Task
+from adadfq_plugin.game.run import Run
+
+__all__ = ["Noise"]
+
+
+class Noise:
+    """Standard normal inputs in the network's normalised units, with P's own answers."""
+
+    name = "noise"
+    summary = "Gaussian noise in place of images (baseline)"
+    settings = Settings
+    presets: Mapping[str, Mapping[str, Any]] = {}
+
+    def calibrate(self, task: Task) -> Outcome:
+        """Ranges, training of Q on noise."""
+        run = Run(task)
+
+        def draw() -> tuple[Tensor, Tensor]:
+            images = torch.randn(run.plan.batch_size, *task.teacher.facts.input_size, generator=run.rng)
+            with torch.no_grad():
+                return images, task.teacher(images.to(task.device)).argmax(1)
+
+        run.fill(draw)
+        run.observe()
+        run.play()
+        return run.outcome(self.name)

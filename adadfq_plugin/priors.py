@@ -1,0 +1,116 @@
+"""What a trained network says about its training images: losses that hook into the teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from adadfq_plugin.errors import ModelError
+from adadfq_plugin.functional import bn_statistics_loss, total_variation
+from adadfq_plugin.hooks import capture_inputs
+
+__all__ = ["BNStatistics", "PriorSum", "TotalVariation", "batch_norms"]
+
+
+def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
+    """The BatchNorm layers that keep running statistics, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
+    }
+
+
+class BNStatistics:
+    r"""Batch statistics in front of each BatchNorm as its running ones (``bn_statistics_loss``)."""
+
+    name = "bn_statistics"
+
+    def reason(self, model: nn.Module) -> str | None:
+        """Why this prior can't be used; None if it can."""
+        layers = batch_norms(model)
+        if not layers:
+            return "the network has no BatchNorm layer that keeps running statistics"
+        fresh = [
+            name
+            for name, layer in layers.items()
+            if bool((layer.running_mean == 0).all()) and bool((layer.running_var == 1).all())  # type: ignore[operator,union-attr]
+        ]
+        if len(fresh) == len(layers):
+            return "its BatchNorm layers hold no statistics (mean 0, variance 1): the network was never trained"
+        return None
+
+    @contextmanager
+    def watch(self, model: nn.Module) -> Iterator[Callable[[], Tensor]]:
+        """The loss over the most recent forward pass of ``model``."""
+        layers = batch_norms(model)
+        with capture_inputs(layers) as seen:
+
+            def loss() -> Tensor:
+                means, variances, running_means, running_variances = [], [], [], []
+                for name, layer in layers.items():
+                    x = seen[name]
+                    axes = [axis for axis in range(x.ndim) if axis != 1]
+                    variance, mean = torch.var_mean(x, axes, correction=0)
+                    means.append(mean)
+                    variances.append(variance)
+                    running_means.append(layer.running_mean)
+                    running_variances.append(layer.running_var)
+                return bn_statistics_loss(means, variances, running_means, running_variances)  # type: ignore[arg-type]
+
+            yield loss
+
+
+class TotalVariation:
+    """Neighbouring pixels alike (``total_variation`` of the network's input)."""
+
+    name = "total_variation"
+
+    def reason(self, model: nn.Module) -> str | None:
+        """Any network with images as its input will do."""
+        return None
+
+    @contextmanager
+    def watch(self, model: nn.Module) -> Iterator[Callable[[], Tensor]]:
+        """The loss over the most recent forward pass of ``model``."""
+        with capture_inputs({"input": model}) as seen:
+            yield lambda: total_variation(seen["input"])
+
+
+class PriorSum:
+    """Weighted sum of the priors that a network admits; priors add up, they do not switch.
+
+    Args:
+        parts: priors with their weights; a weight of 0 leaves a prior out.
+        model: the network.
+
+    Raises:
+        ModelError: a statistics prior was asked for and can't be used.
+    """
+
+    name = "sum"
+
+    def __init__(self, parts: Sequence[tuple[float, BNStatistics | TotalVariation]], model: nn.Module) -> None:
+        self.parts = [(weight, prior) for weight, prior in parts if weight > 0]
+        for _, prior in self.parts:
+            why = prior.reason(model)
+            if why is not None:
+                raise ModelError(
+                    f"prior {prior.name!r} can't be used: {why}; pass teacher= a float model with trained "
+                    "BatchNorm layers (prepare_fx folds them away), or use method 'noise'"
+                )
+
+    @contextmanager
+    def watch(self, model: nn.Module) -> Iterator[Callable[[], Tensor]]:
+        """The sum over the most recent forward pass of ``model``."""
+        with ExitStack() as stack:
+            losses = [(weight, stack.enter_context(prior.watch(model))) for weight, prior in self.parts]
+
+            def loss() -> Tensor:
+                terms = [weight * part() for weight, part in losses]
+                return torch.stack(terms).sum() if terms else torch.zeros(())
+
+            yield loss

@@ -1,0 +1,275 @@
+"""P, the full-precision teacher, and what is known of the images it was trained on."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adadfq_plugin.errors import ModelError
+
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Facts", "Teacher", "find_facts", "make_teacher", "multiply_adds"]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+USUAL_SIDE = {10: 32, 100: 32, 200: 64, 1000: 224, 21843: 224, 21841: 224}
+"""Image side of the usual data set with that many classes (CIFAR, Tiny ImageNet, ImageNet)."""
+TRIAL_SIDES = (224, 32, 64, 28, 96, 128, 160, 192, 240, 256, 288, 299, 320, 384, 448, 512)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What has to be known of a network's input and output.
+
+    Args:
+        input_size: channels, height, width of one image.
+        num_classes: length of the logits, C.
+        mean: per-channel mean of the normalisation, in units of pixel value / 255.
+        std: per-channel standard deviation, likewise.
+        crop_pct: centre crop of evaluation, a fraction of the resized image.
+        interpolation: resampling of evaluation, timm's names.
+        sources: where each fact came from: ``argument``, ``timm``, ``model`` or ``guess: why``.
+
+    Example:
+        >>> facts = Facts((1, 8, 8), 10, mean=(0.5,), std=(0.25,))
+        >>> facts.normalize(torch.ones(1, 1, 1, 1)).item()
+        2.0
+    """
+
+    input_size: tuple[int, int, int]
+    num_classes: int
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    crop_pct: float = 1.0
+    interpolation: str = "bicubic"
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def guesses(self) -> dict[str, str]:
+        """The facts that nobody told, with the reason for the value taken."""
+        return {name: source for name, source in self.sources.items() if source.startswith("guess")}
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """Pixels (N, channels, H, W) in [0, 1] as the network's input."""
+        mean, std = self._constants(pixels)
+        return (pixels - mean) / std
+
+    def denormalize(self, images: Tensor) -> Tensor:
+        """The network's input (N, channels, H, W) as pixels, [0, 1] for valid images."""
+        mean, std = self._constants(images)
+        return images * std + mean
+
+    def _constants(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        mean = torch.tensor(self.mean, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)
+        std = torch.tensor(self.std, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)
+        return mean, std
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The frozen network and its facts; ``model`` is a private copy in eval mode without gradients.
+
+    Args:
+        model: maps (N, *facts.input_size) to logits (N, C).
+        facts: what is known of its images.
+        name: what the report calls it.
+        macs: multiply-adds of one image.
+    """
+
+    model: nn.Module
+    facts: Facts
+    name: str = "model"
+    macs: int = 0
+
+    def __call__(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.model(images)
+        return logits
+
+
+def make_teacher(
+    model: nn.Module, facts: Facts, *, name: str = "model", device: torch.device | str = "cpu"
+) -> Teacher:
+    """A frozen private copy of ``model``; the original is not touched.
+
+    Raises:
+        ModelError: a weight or statistic that is NaN or infinite.
+    """
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    for tensor_name, tensor in tensors:
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ModelError(f"{tensor_name!r} holds NaN or infinite values; load trained weights first")
+    frozen = copy.deepcopy(model).eval().requires_grad_(False).to(device)
+    return Teacher(frozen, facts, name, multiply_adds(frozen, facts.input_size))
+
+
+def multiply_adds(model: nn.Module, input_size: Sequence[int]) -> int:
+    """Multiply-adds of convolutions and linear layers for one image.
+
+    Example:
+        >>> multiply_adds(nn.Conv2d(3, 8, 3, padding=1), (3, 4, 4))
+        3456
+    """
+    total = 0
+
+    def count(module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        nonlocal total
+        weight: Any = module.weight
+        total += output[0].numel() * weight.numel() // weight.shape[0]
+
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+    handles = [each.register_forward_hook(count) for each in model.modules() if isinstance(each, kinds)]
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, *input_size, device=_device(model)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return total
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+
+
+def _left_by_timm(models: Sequence[nn.Module | None]) -> dict[str, Any]:
+    """The ``pretrained_cfg`` of the first of the models that still has one."""
+    for model in models:
+        config = getattr(model, "pretrained_cfg", None)
+        if config is not None:
+            return dict(config) if isinstance(config, Mapping) else dict(vars(config))
+    return {}
+
+
+def _logits_shape(model: nn.Module, input_size: Sequence[int]) -> tuple[int, ...]:
+    """Shape of the output for two images; whatever the model raises comes through."""
+    with torch.no_grad():
+        output = model(torch.zeros(2, *input_size, device=_device(model)))
+    if not isinstance(output, Tensor):
+        raise ModelError(f"the model returns {type(output).__name__}; wrap it so that it returns its logits")
+    return tuple(output.shape)
+
+
+def _channels(model: nn.Module) -> int:
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            return int(module.in_channels)
+    return 3
+
+
+def _smallest_map(model: nn.Module, input_size: Sequence[int]) -> int:
+    """Side of the smallest feature map in front of the last global step."""
+    sides: list[int] = []
+
+    def note(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        sides.append(int(output.shape[-1]))
+
+    handles = [each.register_forward_hook(note) for each in model.modules() if isinstance(each, nn.Conv2d)]
+    try:
+        _logits_shape(model, input_size)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return min((side for side in sides if side > 1), default=1)
+
+
+def _try_sizes(model: nn.Module) -> tuple[tuple[int, int, int], str]:
+    """An input size that the model takes, with the reason for the choice."""
+    channels, runs = _channels(model), {}
+    for side in TRIAL_SIDES:
+        try:
+            shape = _logits_shape(model, (channels, side, side))
+        except (RuntimeError, ValueError, AssertionError, IndexError):
+            continue
+        runs[side] = shape[-1]
+        usual = USUAL_SIDE.get(shape[-1])
+        smallest = _smallest_map(model, (channels, side, side))
+        if side == usual and smallest >= 2:
+            return (channels, side, side), f"guess: usual for {shape[-1]} classes, and the model takes it"
+    if not runs:
+        tried = ", ".join(map(str, sorted(TRIAL_SIDES)))
+        raise ModelError(f"no square image of side {tried} runs through the model; pass input_size=")
+    side = min(runs, key=lambda each: abs(math.log(_smallest_map(model, (channels, each, each)) / 7)))
+    return (channels, side, side), "guess: its last feature map comes nearest to 7 pixels"
+
+
+def _as_size(value: Any, channels: int) -> tuple[int, int, int]:
+    size = (value, value) if isinstance(value, int) else tuple(int(extent) for extent in value)
+    size = (channels, *size) if len(size) == 2 else size
+    if len(size) != 3 or min(size) < 1:
+        raise ModelError(f"input_size {value!r} is not a side, (height, width) or (channels, height, width)")
+    return size[0], size[1], size[2]
+
+
+def find_facts(
+    model: nn.Module,
+    *,
+    relatives: Sequence[nn.Module | None] = (),
+    example_inputs: Any = None,
+    input_size: Any = None,
+    num_classes: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Facts:
+    """What the arguments tell, else what timm left on the models, else what a trial shows.
+
+    Args:
+        model: the float network, in eval mode.
+        relatives: other models that may still carry timm's ``pretrained_cfg``.
+        example_inputs: a tensor or tuple as torch.ao's prepare takes it.
+        input_size: side, (height, width) or (channels, height, width).
+        num_classes: length of the logits, checked against the model.
+        mean: normalisation of the images; a number a channel.
+        std: likewise.
+
+    Raises:
+        ModelError: the model doesn't take the size, has fewer than two classes, or the facts disagree.
+    """
+    timm, sources = _left_by_timm((model, *relatives)), {}
+    kept = next((m.meta.get("adadfq_input_size") for m in (model, *relatives) if hasattr(m, "meta")), None)
+    if example_inputs is not None and input_size is None:
+        first = example_inputs[0] if isinstance(example_inputs, (tuple, list)) else example_inputs
+        input_size = tuple(first.shape[1:])
+    if input_size is not None:
+        size, sources["input_size"] = _as_size(input_size, _channels(model)), "argument"
+    elif kept is not None:
+        size, sources["input_size"] = _as_size(kept, _channels(model)), "model"
+    elif timm.get("input_size"):
+        size, sources["input_size"] = _as_size(timm["input_size"], _channels(model)), "timm"
+    else:
+        size, sources["input_size"] = _try_sizes(model)
+    try:
+        shape = _logits_shape(model, size)
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"the model does not take images of size {size} (from: {sources['input_size']}): "
+            f"{str(error).splitlines()[0]}; pass input_size="
+        ) from error
+    if len(shape) != 2:
+        raise ModelError(f"the model's output has shape {shape} for two images; logits (2, classes) are needed")
+    if shape[1] < 2:
+        raise ModelError("the model has one class; AdaDFQ needs at least two to let P and Q disagree")
+    if num_classes is not None and num_classes != shape[1]:
+        raise ModelError(f"num_classes={num_classes}, but the model's output has {shape[1]}")
+    sources["num_classes"] = "model" if num_classes is None else "argument"
+    constants: dict[str, tuple[float, ...]] = {}
+    usual = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    for name, given in (("mean", mean), ("std", std)):
+        told = given if given is not None else timm.get(name)
+        if told is not None:
+            constants[name], sources[name] = tuple(told), "argument" if given is not None else "timm"
+        else:
+            constants[name] = usual[name] if size[0] == 3 else (0.5,) * size[0]
+            sources[name] = "guess: ImageNet's" if size[0] == 3 else "guess: one half"
+        if len(constants[name]) != size[0]:
+            raise ModelError(f"{name} has {len(constants[name])} values for {size[0]} channels")
+    if min(constants["std"]) <= 0:
+        raise ModelError(f"std {constants['std']} must be positive")
+    crop_pct, interpolation = timm.get("crop_pct") or 1.0, timm.get("interpolation") or "bicubic"
+    return Facts(size, shape[1], constants["mean"], constants["std"], crop_pct, interpolation, sources)

@@ -1,0 +1,381 @@
+"""All that is asked of timm: models by name, facts of them and of their input, labelled images.
+
+The only module of the package that imports timm, and it does so when it is asked.
+"""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from adadfq_plugin.config import nearest
+from adadfq_plugin.errors import DataError, ModelError, SettingsError, UnknownNameError
+from adadfq_plugin.hooks import fork_rng
+from adadfq_plugin.teacher import Facts
+
+__all__ = [
+    "ValidationLoader",
+    "candidate_sizes",
+    "crop_mode",
+    "facts",
+    "families",
+    "load_model",
+    "smallest_architecture",
+    "validation_loader",
+]
+
+_SMALL_SIDES = (96, 128, 192)
+
+
+def load_model(
+    name: str,
+    *,
+    checkpoint: str | Path | None = None,
+    pretrained: bool = True,
+    num_classes: int | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    remap: bool = False,
+) -> nn.Module:
+    """A trained network by its timm name.
+
+    Args:
+        name: a timm name with or without tag (``resnet18``, ``resnet18.a1_in1k``), ``hf-hub:OWNER/MODEL``
+            or ``local-dir:FOLDER``.
+        checkpoint: a file with the weights, instead of a download; of several sets in a training
+            checkpoint the averaged one (EMA) is taken, as timm does.
+        pretrained: whether weights are downloaded when there is no ``checkpoint``; random weights otherwise.
+        num_classes: classes of the network; unset: what timm has for the name.
+        model_kwargs: further arguments of the model's constructor.
+        remap: match the tensors of ``checkpoint`` by their order instead of their names.
+
+    Returns:
+        The model in eval mode.
+
+    Raises:
+        UnknownNameError: timm has no such model or no such pretrained tag; the nearest is named.
+        SettingsError: ``model_kwargs`` or ``num_classes`` don't suit the model.
+        DataError: the weights can't be downloaded or read, or don't fit; the message names the file and
+            the first tensor that doesn't.
+    """
+    import timm
+
+    local = name.lower().startswith("local-dir:")
+    if not local and ":" not in name:
+        _known(name, pretrained and checkpoint is None)
+    download = pretrained and checkpoint is None
+    arguments = {**(model_kwargs or {}), **({} if num_classes is None else {"num_classes": num_classes})}
+    try:
+        with fork_rng(0):  # constructors draw from the global generator
+            model: nn.Module = timm.create_model(name, pretrained=download, **arguments)
+    except (TypeError, AssertionError) as error:
+        raise SettingsError(f"model {name!r} can't be made with {arguments}: {_line(error)}") from error
+    except Exception as error:  # a download fails in as many ways as there are HTTP libraries
+        if local:
+            raise DataError(f"model {name!r} can't be read: {_line(error)}") from error
+        raise DataError(
+            f"model {name!r}: its weights can't be downloaded ({_line(error)}); "
+            "download them elsewhere and give the file as checkpoint (--checkpoint FILE)"
+        ) from error
+    own_classes = dict(getattr(model, "pretrained_cfg", None) or {}).get("num_classes")
+    if download and num_classes not in (None, own_classes):
+        raise SettingsError(
+            f"the pretrained {name!r} has {own_classes} classes; with num_classes = {num_classes} its last "
+            "layer would be random: give a checkpoint of the fine-tuned network"
+        )
+    if checkpoint is not None:
+        _load_checkpoint(model, Path(checkpoint), name, remap)
+    return model.eval()
+
+
+def _known(name: str, download: bool) -> None:
+    import timm
+
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        raise UnknownNameError(
+            f"timm has no model {architecture!r}{nearest(architecture, timm.list_models())}"
+        )
+    full = timm.list_pretrained(f"{architecture}.*") + timm.list_pretrained(architecture)
+    tags = sorted({other.partition(".")[2] for other in full})
+    if tag and tag not in tags:
+        raise UnknownNameError(
+            f"timm has no weights {tag!r} of {architecture}{nearest(tag, tags)} (it has: {', '.join(tags)})"
+        )
+    if download and not full:
+        raise DataError(f"timm has no weights of {name!r} to download; give a checkpoint (--checkpoint FILE)")
+
+
+def _load_checkpoint(model: nn.Module, path: Path, name: str, remap: bool) -> None:
+    import timm.models
+
+    try:
+        state = timm.models.load_state_dict(str(path))
+    except FileNotFoundError as error:
+        raise DataError(f"checkpoint {path}: no such file") from error
+    except Exception as error:  # unpickling garbage raises nearly anything
+        raise DataError(f"checkpoint {path} can't be read: {_line(error)}") from error
+    own = model.state_dict()
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise DataError(f"checkpoint {path} holds no tensors by name")
+    if remap:
+        if len(state) != len(own):
+            raise DataError(f"checkpoint {path} has {len(state)} tensors, {name} has {len(own)}")
+        state = dict(zip(own, state.values(), strict=True))
+    for key, value in own.items():
+        if key not in state:
+            raise DataError(f"checkpoint {path} doesn't fit {name}: it has no tensor {key!r}")
+        if state[key].shape != value.shape:
+            shapes = f"{tuple(state[key].shape)} in the file and {tuple(value.shape)} in the network"
+            raise DataError(f"checkpoint {path} doesn't fit {name}: tensor {key!r} is {shapes}")
+    extra = [key for key in state if key not in own]
+    if extra:
+        raise DataError(f"checkpoint {path} doesn't fit {name}: the network has no tensor {extra[0]!r}")
+    model.load_state_dict(state)
+
+
+def facts(model: nn.Module, overrides: Mapping[str, Any] | None = None) -> Facts:
+    """What timm left on a model about its images, in the order: argument, timm, model, guess.
+
+    Args:
+        model: a network of timm, or one with ``pretrained_cfg`` or ``num_classes`` like those.
+        overrides: ``input_size`` or ``img_size``, ``num_classes``, ``mean``, ``std``, ``crop_pct``,
+            ``interpolation``; those that are None don't count.
+
+    Raises:
+        SettingsError: an override that doesn't fit the others (three means for one channel).
+        ModelError: nobody says how many classes there are.
+    """
+    given = {key: value for key, value in (overrides or {}).items() if value is not None}
+    timm_has = dict(getattr(model, "pretrained_cfg", None) or {})
+    try:
+        config = _timm_data().resolve_data_config({"in_chans": 3, **given}, timm_has)
+    except AssertionError as error:
+        raise SettingsError(f"input_size, mean and std don't fit each other: {given}") from error
+    classes, classes_source = given.get("num_classes"), "argument"
+    if classes is None:
+        classes, classes_source = getattr(model, "num_classes", None), "model"
+    if not classes:
+        classes, classes_source = timm_has.get("num_classes"), "timm"
+    if not classes:
+        raise ModelError("the number of classes is unknown; give num_classes (--num-classes)")
+    if not len(config["mean"]) == len(config["std"]) == config["input_size"][0]:
+        raise SettingsError(
+            f"mean {config['mean']} and std {config['std']} for {config['input_size'][0]} channels"
+        )
+    sources = {"num_classes": classes_source}
+    for key in ("input_size", "mean", "std", "crop_pct", "interpolation"):
+        if key in given or (key == "input_size" and "img_size" in given):
+            sources[key] = "argument"
+        elif timm_has.get(key) is not None:
+            sources[key] = "timm"
+        else:
+            sources[key] = "guess: timm's default, the model says nothing"
+    return Facts(
+        input_size=tuple(config["input_size"]),
+        num_classes=int(classes),
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        crop_pct=float(config["crop_pct"]),
+        interpolation=str(config["interpolation"]),
+        sources=sources,
+    )
+
+
+def crop_mode(model: nn.Module) -> str:
+    """How timm crops the images of a model: ``center``, ``squash`` or ``border``."""
+    return str(dict(getattr(model, "pretrained_cfg", None) or {}).get("crop_mode") or "center")
+
+
+def families() -> list[str]:
+    """Return the names of timm's model modules that have registered architectures, sorted."""
+    import timm
+
+    return sorted(family for family in timm.list_modules() if timm.list_models(module=family))
+
+
+def smallest_architecture(family: str) -> tuple[str, int]:
+    """Return the architecture of a family with the fewest parameters, and their number.
+
+    timm's own test architectures (``test_*``) do not count. The models are built without memory for their weights.
+
+    Args:
+        family: One of `families`.
+
+    Raises:
+        ValueError: No architecture of the family can be built.
+    """
+    import timm
+
+    sizes: dict[str, int] = {}
+    for name in timm.list_models(module=family):
+        if name.startswith("test_"):
+            continue
+        try:
+            with torch.device("meta"):
+                model = timm.create_model(name, pretrained=False)
+        except Exception:  # some architectures need weights or optional packages to be built
+            continue
+        sizes[name] = sum(parameter.numel() for parameter in model.parameters())
+    if not sizes:
+        raise ValueError(f"no architecture of timm's family {family!r} can be built")
+    name = min(sizes, key=lambda key: (sizes[key], key))
+    return name, sizes[name]
+
+
+def candidate_sizes(model: nn.Module) -> Iterator[tuple[int, int, int]]:
+    """Yield input sizes that a timm model may take, from cheap ones to the one that it is meant for.
+
+    Args:
+        model: A timm model, with its ``pretrained_cfg``.
+
+    Yields:
+        Channels, height, width.
+    """
+    config = cast(dict[str, object], getattr(model, "pretrained_cfg", {}))
+    channels, height, width = cast(tuple[int, int, int], config.get("input_size") or (3, 224, 224))
+    if not config.get("fixed_input_size"):
+        yield from ((channels, side, side) for side in _SMALL_SIDES if side < min(height, width))
+    yield channels, height, width
+
+
+class ValidationLoader:
+    """Batches of (images, labels) in the order of the files; made by :func:`validation_loader`.
+
+    A broken image ends the iteration with a :class:`DataError` that names its file.
+    """
+
+    def __init__(
+        self, images: Dataset[tuple[Tensor, int]], count: int, batch_size: int, workers: int
+    ) -> None:
+        self.count = count
+        """How many images there are."""
+        generator = torch.Generator().manual_seed(0)  # without one DataLoader draws from the global RNG
+        self._loader = DataLoader(images, batch_size=batch_size, num_workers=workers, generator=generator)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        try:
+            yield from self._loader
+            return
+        except DataError as error:  # from a worker it comes with that worker's traceback as its message
+            last = str(error).strip().splitlines()[-1]
+        # Raised out here, the error holds no frame of the loader, and the workers end now.
+        raise DataError(last.removeprefix(f"{DataError.__module__}.{DataError.__qualname__}: "))
+
+
+class _Images(Dataset[tuple[Tensor, int]]):
+    """timm's own reader and transform; timm's own dataset would pass over images that it can't read."""
+
+    def __init__(self, reader: Any, mode: str, transform: Any) -> None:
+        self.reader, self.mode, self.transform = reader, mode, transform
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        stream, label = self.reader[index]
+        try:
+            with stream, warnings.catch_warnings(), Image.open(stream) as image:
+                warnings.simplefilter("ignore")  # odd metadata is no reason to distrust the pixels
+                pixels = image.convert(self.mode)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise DataError(f"{self.reader.filename(index, absolute=True)}: {_line(error)}") from error
+        return self.transform(pixels), label
+
+
+def validation_loader(
+    folder: str | Path,
+    facts: Facts,
+    *,
+    batch_size: int = 64,
+    class_map: str | Path | None = None,
+    crop_mode: str = "center",
+    workers: int = 0,
+) -> ValidationLoader:
+    """Labelled images for measuring, one sub-folder a class, read with timm's reader and transform.
+
+    Without a ``class_map`` the sub-folders are taken for, in this order: ImageNet synsets, if all are and
+    the network has as many classes as one of timm's ImageNet lists (a part of the 1000 is enough); class
+    indices, if all are numbers; the network's classes in timm's natural order, if there are as many.
+
+    Args:
+        folder: the images, or a folder with ``val`` or ``validation`` in it.
+        facts: input size, normalisation, crop and classes of the network.
+        batch_size: images in a batch.
+        class_map: file as timm takes it, the class on line k being class k.
+        crop_mode: timm's ``center``, ``squash`` or ``border``.
+        workers: processes that read images; 0 reads in this one.
+
+    Raises:
+        DataError: no images, folders that can't be matched with the classes, a broken class map.
+    """
+    folder, data = Path(folder), _timm_data()
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder")
+    mode = {1: "L", 3: "RGB"}.get(facts.input_size[0])
+    if mode is None:
+        raise DataError(
+            f"{folder}: image files have 1 or 3 channels, the network takes {facts.input_size[0]}"
+        )
+    try:
+        reader = data.create_dataset("", root=str(folder)).reader
+        if class_map is None:
+            indices = _class_indices(folder, reader.class_to_idx, facts.num_classes)
+        else:
+            indices = data.readers.class_map.load_class_map(str(class_map), str(folder))
+        reader = data.create_dataset("", root=str(folder), class_map=indices).reader
+    except (RuntimeError, AssertionError, OSError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise DataError(f"{folder}: {_line(error)}") from error
+    worst = max(reader.samples, key=lambda sample: int(sample[1]))
+    if worst[1] >= facts.num_classes:
+        raise DataError(f"{worst[0]}: is of class {worst[1]}, the network has {facts.num_classes} classes")
+    transform = data.create_transform(
+        facts.input_size,
+        interpolation=facts.interpolation,
+        mean=facts.mean,
+        std=facts.std,
+        crop_pct=facts.crop_pct,
+        crop_mode=crop_mode,
+    )
+    images = _Images(reader, mode, transform)
+    return ValidationLoader(images, len(images), batch_size, workers)
+
+
+def _class_indices(folder: Path, natural: Mapping[str, int], num_classes: int) -> Mapping[str, int]:
+    names = list(natural)
+    if "" in names:
+        raise DataError(f"{folder}: images must lie in one sub-folder a class; some lie beside them")
+    data = _timm_data()
+    subset = data.infer_imagenet_subset({"num_classes": num_classes})
+    if subset is not None:
+        synsets = {synset: index for index, synset in enumerate(data.ImageNetInfo(subset).label_names())}
+        if synsets.keys() >= set(names):
+            return synsets
+    if all(name.isdecimal() and int(name) < num_classes for name in names):
+        return {name: int(name) for name in names}
+    if len(names) == num_classes:
+        return natural
+    raise DataError(
+        f"{folder}: {len(names)} sub-folders ({names[0]}, ...) and a network of {num_classes} classes; "
+        "say which is which with a class map (--class-map FILE)"
+    )
+
+
+def _timm_data() -> Any:
+    import timm.data
+
+    return timm.data  # half of its functions have no types
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

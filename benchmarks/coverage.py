@@ -1,0 +1,244 @@
+"""Which timm families go through the whole FX quantization path: the table docs/coverage.md.
+
+Each family's smallest architecture, randomly initialised, in a process of its own: rewrite, ``prepare_qat_fx``, two
+forward passes in training mode, ``convert_fx``, and the converted model against the fake-quantized one.
+
+    python benchmarks/coverage.py                 # all families; goes on where an earlier run has stopped
+    python benchmarks/coverage.py resnet xcit     # these, again
+"""
+
+import argparse
+import json
+import multiprocessing
+import resource
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from adadfq_plugin import zoo
+from adadfq_plugin.backends.fx.traceable import INPUT_SIZE, traceable
+from adadfq_plugin.errors import UntraceableError
+
+ROOT = Path(__file__).resolve().parent.parent
+ROWS = ROOT / "benchmarks" / "coverage.json"
+TABLE = ROOT / "docs" / "coverage.md"
+IMAGES = 16
+Row = dict[str, Any]
+
+
+def run_one(name: str) -> Row:
+    """Take one architecture through the path and return its row of the table."""
+    import timm
+
+    row: Row = {"model": name}
+    torch.manual_seed(0)
+    model = timm.create_model(name, pretrained=False)
+    wake_zero_parameters(model)
+    traced = trace_smallest(model)
+    size = traced.meta[INPUT_SIZE]
+    row |= {"traced": True, "input_size": list(size), "multiply_adds": count_multiply_adds(traced, size)}
+    images = torch.randn(IMAGES, *size)
+    prepared = prepare(traced, images[:2])
+    calibrate(prepared, images)
+    with torch.no_grad():
+        expected = first(prepared(images))
+        converted = convert(prepared)
+        actual = first(converted(images))
+    row["integer_share"] = sum(integer_multiply_adds(traced, converted, size).values()) / row["multiply_adds"]
+    row["agreement"] = float((expected.argmax(-1) == actual.argmax(-1)).float().mean())
+    row["relative_error"] = float((actual - expected).norm() / expected.norm())
+    row["passed"] = bool(torch.isfinite(actual).all())
+    return row
+
+
+def wake_zero_parameters(model: nn.Module) -> None:
+    """Give all-zero vectors small values: a zero BatchNorm weight is a division by zero in QAT's ConvBn modules."""
+    for parameter in model.parameters():
+        if parameter.dim() <= 1 and not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+
+
+def trace_smallest(model: nn.Module) -> fx.GraphModule:
+    """Rewrite the model for the smallest input size that it runs with."""
+    for size in zoo.candidate_sizes(model):
+        try:
+            with torch.no_grad():
+                model.eval()(torch.zeros(2, *size))
+        except Exception:  # too small for this architecture; the last size is the one that it is meant for
+            continue
+        return traceable(model, size)
+    raise RuntimeError("the model does not run with its own input size")
+
+
+def prepare(traced: fx.GraphModule, example: Tensor) -> fx.GraphModule:
+    """Return the fake-quantized model."""
+    from torch.ao.quantization import get_default_qat_qconfig_mapping
+    from torch.ao.quantization.quantize_fx import prepare_qat_fx
+
+    from adadfq_plugin.backends.fx.unquantizable import leave_in_float
+
+    mapping = leave_in_float(get_default_qat_qconfig_mapping("x86"), traced)
+    return prepare_qat_fx(traced.train(), mapping, (example,))
+
+
+def calibrate(prepared: fx.GraphModule, images: Tensor) -> None:
+    """Let BatchNorm and the observers see the images, and leave the model in evaluation mode with fixed ranges."""
+    with torch.no_grad():
+        for batch in images.split(4)[:2]:
+            prepared.train()(batch)
+        for module in prepared.modules():
+            # A few images have to settle what takes thousands in training.
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.momentum = 1.0
+            if hasattr(module, "averaging_constant"):
+                module.averaging_constant = 1.0
+        prepared(images)
+        prepared.eval()(images)
+    prepared.apply(torch.ao.quantization.disable_observer)
+
+
+def convert(prepared: fx.GraphModule) -> fx.GraphModule:
+    """Return the integer model."""
+    from torch.ao.quantization.quantize_fx import convert_fx
+
+    return convert_fx(prepared)
+
+
+def first(output: Any) -> Tensor:
+    """Return the logits of a model that may return several."""
+    return output if isinstance(output, Tensor) else first(next(iter(output)))
+
+
+def count_multiply_adds(model: nn.Module, size: tuple[int, ...]) -> int:
+    """Return the multiply-adds of one image."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(torch.zeros(2, *size))
+    return int(counter.get_total_flops() // 4)
+
+
+def integer_multiply_adds(traced: fx.GraphModule, converted: nn.Module, size: tuple[int, ...]) -> dict[str, int]:
+    """Return the multiply-adds for one image of each convolution and linear layer that became an integer one."""
+    integer = {n for n, m in converted.named_modules() if type(m).__module__.startswith("torch.ao.nn")}
+    counts: dict[str, int] = {}
+    handles = []
+    for name, module in traced.named_modules():
+        if name in integer and isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
+
+            def count(module: Any, args: Any, output: Tensor, name: str = name) -> None:
+                per_output = module.weight[0].numel()
+                counts[name] = counts.get(name, 0) + per_output * output.numel() // 2
+
+            handles.append(module.register_forward_hook(count))
+    try:
+        with torch.no_grad():
+            traced.eval()(torch.zeros(2, *size))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return counts
+
+
+def run_in_process(row: Row, connection: Connection, gibibytes: int) -> None:
+    """Complete the row of a family and send it through the connection."""
+    warnings.simplefilter("ignore")
+    resource.setrlimit(resource.RLIMIT_AS, (gibibytes << 30, gibibytes << 30))
+    torch.set_num_threads(1)
+    try:
+        if "model" not in row:
+            row["model"], row["parameters"] = zoo.smallest_architecture(row["family"])
+        row |= run_one(row["model"])
+    except UntraceableError as error:
+        row |= {"traced": False, "passed": False, "reason": str(error)}
+    except Exception as error:
+        row |= {"passed": False, "reason": f"{type(error).__name__}: {error}"}
+    connection.send(row)
+
+
+def run_family(known: Row, seconds: int, gibibytes: int) -> Row:
+    """Return a family's row from what is known of it; a process that takes too long or dies has one too."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=run_in_process, args=(known, sender, gibibytes))
+    start = time.monotonic()
+    process.start()
+    sender.close()
+    row = known | {"passed": False, "reason": f"not finished in {seconds} s"}
+    try:
+        if receiver.poll(seconds):
+            row = receiver.recv()
+    except EOFError:
+        row["reason"] = f"the process has died (limit of {gibibytes} GiB)"
+    finally:
+        process.kill()
+        process.join()
+    return row | {"seconds": round(time.monotonic() - start)}
+
+
+def write_table(rows: dict[str, Row]) -> None:
+    """Write the Markdown table."""
+    done = sorted((row for row in rows.values() if "passed" in row), key=lambda row: row["family"])
+    passed = sum(row["passed"] for row in done)
+    lines = [
+        "# timm families through FX quantization",
+        "",
+        f"{passed} of {len(done)} families go through: `traceable`, `prepare_qat_fx` with torch.ao's default x86 QAT",
+        "settings, two passes in training mode, `convert_fx`, and a run of the integer model. One architecture for each",
+        "family, the one with the fewest parameters, randomly initialised. Integer: share of the multiply-adds of",
+        "convolutions, linear layers and matrix products that integer modules do. Agreement: top-1 of the converted",
+        f"model against the fake-quantized one on {IMAGES} random images; error: relative, of the logits. Random",
+        "weights make logits that lie close together, so agreement here is a lower bound of what trained weights give.",
+        "",
+        "Written by `python benchmarks/coverage.py`.",
+        "",
+        "| family | model | input | traced | integer | agreement | error | refused because |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in done:
+        side = "x".join(map(str, row["input_size"][1:])) if "input_size" in row else ""
+        traced = "yes" if row.get("traced") else "no"
+        figures = [
+            f"{row[key]:.{digits}{kind}}" if key in row else ""
+            for key, digits, kind in (("integer_share", 0, "%"), ("agreement", 0, "%"), ("relative_error", 3, "f"))
+        ]
+        reason = " ".join(row.get("reason", "").split()).replace("|", "\\|")[:300]
+        cells = [row["family"], row.get("model", ""), side, traced, *figures, reason]
+        lines.append("| " + " | ".join(cells) + " |")
+    TABLE.parent.mkdir(exist_ok=True)
+    TABLE.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Run the families that have no row yet, or those that are named."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*", help="families to run again; default: all without a row")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time (default: 1)")
+    parser.add_argument("--seconds", type=int, default=300, help="time limit for each family (default: 300)")
+    parser.add_argument("--gibibytes", type=int, default=16, help="memory limit for each process (default: 16)")
+    options = parser.parse_args()
+    rows: dict[str, Row] = json.loads(ROWS.read_text(encoding="utf-8")) if ROWS.exists() else {}
+    todo = options.families or [family for family in zoo.families() if "passed" not in rows.get(family, {})]
+
+    def run(family: str) -> Row:
+        # The search for the smallest architecture is slow, and its outcome does not change.
+        kept = {key: rows[family][key] for key in ("model", "parameters") if key in rows.get(family, {})}
+        return run_family({"family": family} | kept, options.seconds, options.gibibytes)
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for future in as_completed([pool.submit(run, family) for family in todo]):
+            row = future.result()
+            rows[row["family"]] = row
+            ROWS.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            write_table(rows)
+            figures = {key: row[key] for key in ("agreement", "integer_share", "reason") if key in row}
+            print(f"{row['family']:28} {row.get('model', ''):36} {row['seconds']:4} s  {figures}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,444 @@
+"""Every context manager inside, after, after an exception and nested; and the guard that watches all tests."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from adadfq_plugin.hooks import capture_inputs, fork_rng, frozen, module_modes, temporary_attributes
+
+
+class StopTestError(Exception):
+    """Raised inside a block to leave it early."""
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.bn = nn.BatchNorm2d(4)
+        self.act: nn.Module = nn.ReLU()
+        self.drop = nn.Dropout()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.act(self.bn(self.conv(x))))  # type: ignore[no-any-return]
+
+
+def net() -> Net:
+    with fork_rng(0):
+        return Net()
+
+
+def images() -> Tensor:
+    return torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Scale(nn.Module):
+    def forward(self, x: Tensor, factor: float = 2.0) -> Tensor:
+        return x * factor
+
+
+@pytest.mark.usefixtures("seeded")
+class TestCaptureInputs:
+    def test_inside(self) -> None:
+        model, x = net(), images()
+        with capture_inputs({"first": model.conv, "second": model.bn}) as inputs:
+            assert inputs == {}
+            model(x)
+            assert list(inputs) == ["first", "second"]
+            assert inputs["first"] is x
+            assert torch.equal(inputs["second"], model.conv(x))
+
+    def test_every_forward_replaces_the_last(self) -> None:
+        model = Scale()
+        with capture_inputs({"scale": model}) as inputs:
+            for value in (1.0, 2.0):
+                model(torch.tensor(value))
+                assert inputs["scale"].item() == value
+
+    def test_gradient_reaches_the_images(self) -> None:
+        model, x = net(), images().requires_grad_()
+        with capture_inputs({"bn": model.bn}) as inputs:
+            model(x)
+        (gradient,) = torch.autograd.grad(inputs["bn"].square().sum(), x)
+        assert gradient.abs().sum() > 0
+
+    def test_pairs_and_keywords(self) -> None:
+        model = nn.ModuleDict({"a": Scale(), "b": Scale()})
+        with capture_inputs(model.named_children()) as inputs:
+            model["a"](x=torch.tensor(3.0))
+            model["b"](torch.tensor(4.0), factor=5.0)
+        assert {name: value.item() for name, value in inputs.items()} == {"a": 3.0, "b": 4.0}
+
+    def test_hooks_are_released(self) -> None:
+        model = net()
+        with pytest.raises(StopTestError), capture_inputs(model.named_modules()) as inputs:
+            raise StopTestError
+        model(images())
+        assert inputs == {}
+        assert [name for name, module in model.named_modules() if module._forward_pre_hooks] == []
+
+    def test_nested(self) -> None:
+        model = Scale()
+        with capture_inputs({"outer": model}) as outer:
+            with capture_inputs({"inner": model}) as inner:
+                model(torch.tensor(1.0))
+            model(torch.tensor(2.0))
+        assert (outer["outer"].item(), inner["inner"].item()) == (2.0, 1.0)
+
+    def test_wrong_module_leaves_no_hook(self) -> None:
+        model = net()
+        pairs = [("conv", model.conv), ("not", 3)]
+        with pytest.raises(TypeError, match=r"modules\['not'\] must be a torch.nn.Module; got int"):
+            capture_inputs(pairs).__enter__()  # type: ignore[arg-type]
+        assert not model.conv._forward_pre_hooks
+
+    def test_input_must_be_a_tensor(self) -> None:
+        model = Scale()
+        with (
+            capture_inputs({"scale": model}),
+            pytest.raises(TypeError, match="the first input of 'scale' must be a tensor; got float"),
+        ):
+            model(1.0)
+
+
+class KeepsItsDropoutOff(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout()
+
+    def train(self, mode: bool = True) -> KeepsItsDropoutOff:
+        super().train(mode)
+        self.drop.eval()
+        return self
+
+
+class RefusesTrain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = nn.Dropout()
+
+    def train(self, mode: bool = True) -> RefusesTrain:
+        self.child.train(mode)
+        raise NotImplementedError("no train()")
+
+
+def flags(module: nn.Module) -> list[bool]:
+    return [submodule.training for submodule in module.modules()]
+
+
+class TestModuleModes:
+    @pytest.mark.parametrize("training", [True, False])
+    def test_mixture_of_modes_comes_back(self, training: bool) -> None:
+        model = net()
+        model.bn.eval()
+        before = flags(model)
+        with module_modes(model, training):
+            assert flags(model) == [training] * 5
+        assert flags(model) == before
+        with pytest.raises(StopTestError), module_modes(model, training):
+            raise StopTestError
+        assert flags(model) == before
+
+    def test_nested(self) -> None:
+        model = net()
+        with module_modes(model, False):
+            with module_modes(model.bn, True):
+                assert flags(model) == [False, False, True, False, False]
+            assert flags(model) == [False] * 5
+        assert flags(model) == [True] * 5
+
+    def test_shared_submodule_keeps_its_own_flag(self) -> None:
+        shared = nn.Dropout()
+        model = nn.Sequential(nn.Sequential(shared), nn.Sequential(shared).eval())
+        shared.train()
+        before = flags(model)
+        with module_modes(model, False):
+            assert flags(model) == [False] * 4
+        assert flags(model) == before == [True, True, True, False]
+
+    def test_override_is_asked(self) -> None:
+        model = KeepsItsDropoutOff()
+        with module_modes(model, True):
+            assert flags(model) == [True, False]
+        assert flags(model) == [True, True]
+
+    def test_refusal_half_way_is_undone(self) -> None:
+        model = RefusesTrain()
+        with pytest.raises(NotImplementedError, match=r"no train\(\)"):
+            module_modes(model, False).__enter__()
+        assert flags(model) == [True, True]
+
+
+def gradient_flags(module: nn.Module) -> list[bool]:
+    return [parameter.requires_grad for parameter in module.parameters()]
+
+
+@pytest.mark.usefixtures("seeded")
+class TestFrozen:
+    def test_inside_and_after(self) -> None:
+        model = net()
+        model.bn.requires_grad_(False)
+        before = gradient_flags(model)
+        model(images()).sum().backward()
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        copies = {name: None if g is None else g.clone() for name, g in gradients.items()}
+        x = images().requires_grad_()
+        with frozen(model):
+            assert gradient_flags(model) == [False] * 4
+            model(x).square().sum().backward()
+        assert x.grad is not None
+        assert gradient_flags(model) == before == [True, True, False, False]
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is gradients[name]
+            copy = copies[name]
+            assert parameter.grad is None or (copy is not None and torch.equal(parameter.grad, copy))
+        assert copies["conv.weight"] is not None
+
+    def test_exception_and_nested(self) -> None:
+        model = net()
+        with pytest.raises(StopTestError), frozen(model), frozen(model.conv):
+            raise StopTestError
+        assert gradient_flags(model) == [True] * 4
+        with frozen(model):
+            with frozen(model.conv):
+                assert gradient_flags(model) == [False] * 4
+            assert gradient_flags(model) == [False] * 4
+        assert gradient_flags(model) == [True] * 4
+
+
+def draw() -> tuple[float, float, float]:
+    return torch.rand(()).item(), random.random(), float(np.random.rand())
+
+
+def draw_and_stop() -> None:
+    draw()
+    raise StopTestError
+
+
+class TestForkRng:
+    def test_seed_decides_what_is_drawn(self) -> None:
+        drawn = []
+        for seed in (1, 1, 2):
+            with fork_rng(seed):
+                drawn.append(draw())
+        assert drawn[0] == drawn[1]
+        assert [a == b for a, b in zip(drawn[0], drawn[2], strict=True)] == [False] * 3
+
+    def test_outer_streams_go_on(self) -> None:
+        with fork_rng(5):
+            expected = [draw(), draw(), draw()]
+        with fork_rng(5):
+            first = draw()
+            with fork_rng(6):
+                with fork_rng(7):
+                    draw()
+                draw()
+            second = draw()
+            with pytest.raises(StopTestError), fork_rng(8):
+                draw_and_stop()
+            third = draw()
+        assert [first, second, third] == expected
+
+    def test_seeding_inside_does_not_leak(self) -> None:
+        # The autouse guard compares the states around this test.
+        with fork_rng(3):
+            torch.manual_seed(11)
+            random.seed(12)
+            np.random.seed(13)
+
+    @pytest.mark.parametrize("seed", [-1, 2**64])
+    def test_seed_out_of_range(self, seed: int) -> None:
+        with pytest.raises(ValueError, match=r"seed must be in \[0, 2\*\*64\); got"):
+            fork_rng(seed).__enter__()
+
+    def test_largest_seed(self) -> None:
+        with fork_rng(2**64 - 1):
+            assert draw() != draw()
+
+    @pytest.mark.parametrize(("device", "index"), [("cuda", 1), ("cuda:0", 0), ("cuda:1", 1)])
+    def test_cuda_generator_of_that_device_only(
+        self, device: str, index: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        generators = torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)
+        before = [generator.get_state() for generator in generators]
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "default_generators", generators)
+        with fork_rng(9, device):
+            assert [generator.initial_seed() for generator in generators] == (
+                [9, 2] if index == 0 else [1, 9]
+            )
+            torch.rand(4, generator=generators[index])
+        for generator, state in zip(generators, before, strict=True):
+            assert torch.equal(generator.get_state(), state)
+
+    def test_mps_generator(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        generator = torch.Generator().manual_seed(1)
+        before = generator.get_state()
+        monkeypatch.setattr(torch.mps, "_get_default_mps_generator", lambda: generator)
+        with fork_rng(9, torch.device("mps")):
+            assert generator.initial_seed() == 9
+        assert torch.equal(generator.get_state(), before)
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+    def test_real_cuda(self) -> None:
+        drawn = []
+        before = torch.cuda.get_rng_state()
+        for _ in range(2):
+            with fork_rng(4, "cuda"):
+                drawn.append(torch.rand(3, device="cuda"))
+        assert torch.equal(*drawn)
+        assert torch.equal(torch.cuda.get_rng_state(), before)
+
+
+class Slotted:
+    __slots__ = ("empty", "full")
+    empty: int
+    full: int
+
+    def __init__(self) -> None:
+        self.full = 1
+
+
+class Plain:
+    shared = 1
+
+    def __init__(self) -> None:
+        self.own = 2
+
+    @staticmethod
+    def helper() -> int:
+        return 3
+
+
+class TestTemporaryAttributes:
+    def test_own_inherited_and_new(self) -> None:
+        plain = Plain()
+        with temporary_attributes(plain, own=20, shared=10, new=30):
+            assert vars(plain) == {"own": 20, "shared": 10, "new": 30}
+        assert vars(plain) == {"own": 2}
+        assert plain.shared == 1
+
+    def test_exception_and_nested(self) -> None:
+        plain = Plain()
+        with temporary_attributes(plain, own=20, new=0):
+            with pytest.raises(StopTestError), temporary_attributes(plain, own=200, new=1):
+                raise StopTestError
+            assert vars(plain) == {"own": 20, "new": 0}
+        assert vars(plain) == {"own": 2}
+
+    def test_failure_half_way_is_undone(self) -> None:
+        slotted = Slotted()
+        with pytest.raises(AttributeError):
+            temporary_attributes(slotted, full=2, missing=3).__enter__()
+        assert slotted.full == 1
+
+    def test_slots(self) -> None:
+        slotted = Slotted()
+        with temporary_attributes(slotted, full=2, empty=3):
+            assert (slotted.full, slotted.empty) == (2, 3)
+        assert slotted.full == 1
+        assert not hasattr(slotted, "empty")
+
+    def test_class_and_module(self) -> None:
+        with temporary_attributes(Plain, helper=staticmethod(lambda: 4), shared=5):
+            assert (Plain().helper(), Plain.shared) == (4, 5)
+        assert (Plain().helper(), Plain.shared) == (3, 1)
+        assert isinstance(vars(Plain)["helper"], staticmethod)
+        module = types.ModuleType("m")
+        with temporary_attributes(module, x=1):
+            assert vars(module)["x"] == 1
+        assert not hasattr(module, "x")
+
+    def test_parameter_buffer_and_child_of_a_module(self) -> None:
+        model = net()
+        parameters, buffers, children = (
+            [(name, id(value)) for name, value in named]
+            for named in (model.named_parameters(), model.named_buffers(), model.named_children())
+        )
+        with (
+            temporary_attributes(model, act=nn.Identity()),
+            temporary_attributes(model.bn, weight=None, running_mean=torch.ones(4), eps=0.5),
+        ):
+            assert isinstance(model.act, nn.Identity)
+            assert model.bn._parameters["weight"] is None
+            assert model.bn.eps == 0.5
+            assert model.bn.running_mean is not None
+            assert model.bn.running_mean.tolist() == [1.0] * 4
+        assert model.bn.eps == 1e-5
+        assert parameters == [(name, id(value)) for name, value in model.named_parameters()]
+        assert buffers == [(name, id(value)) for name, value in model.named_buffers()]
+        assert children == [(name, id(value)) for name, value in model.named_children()]
+
+
+OTHER_ENGINE = """
+engines = torch.backends.quantized
+engines.engine = next(e for e in engines.supported_engines if e not in ("none", engines.engine))
+"""
+
+LEAKS = {
+    "torch grad mode": "torch.set_grad_enabled(False)",
+    "torch default dtype": "torch.set_default_dtype(torch.float64)",
+    "torch default device": "torch.set_default_device('meta')",
+    "torch thread count": "torch.set_num_threads(2)",
+    "torch deterministic mode": "torch.use_deterministic_algorithms(True)",
+    "torch quantized engine": OTHER_ENGINE,
+    "torch global module hooks": "torch.nn.modules.module.register_module_forward_hook(print)",
+    "torch random state": "torch.rand(1)",
+    "python random state": "random.random()",
+    "numpy random state": "np.random.rand()",
+    "os.environ": "os.environ['LEFT_BEHIND'] = '1'",
+    "working directory": "os.chdir('/')",
+    "sys.path": "sys.path.append('/left/behind')",
+    "matplotlib figures": "pyplot.figure()",
+    "running thread: sleeper": "threading.Thread(target=time.sleep, args=(3,), name='sleeper').start()",
+}
+
+LEAKY_TESTS = """
+import os, random, sys, threading, time
+import matplotlib
+matplotlib.use("agg")
+from matplotlib import pyplot
+import numpy as np
+import pytest
+import torch
+
+@pytest.mark.parametrize("leak", {leaks!r})
+def test_leak(leak):
+    exec(leak, globals())
+
+def test_clean(seeded, monkeypatch, tmp_path):
+    torch.rand(1), random.random(), np.random.rand()
+    monkeypatch.setenv("LEFT_BEHIND", "1")
+    monkeypatch.chdir(tmp_path)
+    assert torch.get_num_threads() == 1
+"""
+
+
+def test_the_guard_catches_every_leak(tmp_path: Path) -> None:
+    here = Path(__file__).resolve().parent
+    (tmp_path / "conftest.py").write_text((here / "conftest.py").read_text())
+    (tmp_path / "test_leaky.py").write_text(LEAKY_TESTS.format(leaks=list(LEAKS.values())))
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", ".", "-c", os.devnull],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(here.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    # Each leak is an error of its own test alone: the guard has put the state back for the next one.
+    reports = run.stdout.split("ERROR at teardown of ")[1:]
+    caught = [report.split("the test leaks\n")[1].split("\n")[0].partition(":")[0] for report in reports]
+    assert caught == [name.partition(":")[0] for name in LEAKS], run.stdout + run.stderr
+    assert f"{len(LEAKS) + 1} passed, {len(LEAKS)} errors" in run.stdout
+    assert run.stdout.count("`seeded` fixture") >= 3

