@@ -1,8 +1,8 @@
 """Adaptive data-free quantization (Qian et al., CVPR 2023) as a calibration method for torch.ao.
 
-    prepared = prepare_qat_fx(model.train(), qconfig_mapping, example_inputs)
-    result = adadfq_plugin.calibrate(prepared)
-    quantized = convert_fx(prepared.eval())
+prepared = prepare_qat_fx(model.train(), qconfig_mapping, example_inputs)
+result = adadfq_plugin.calibrate(prepared)
+quantized = convert_fx(prepared.eval())
 """
 
 from __future__ import annotations

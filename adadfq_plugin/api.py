@@ -27,6 +27,7 @@ __all__ = [
     "backends",
     "calibrate",
     "evaluate",
+    "method_settings",
     "methods",
     "prepare",
     "quantize",
@@ -113,9 +114,18 @@ def backends() -> Registry[Backend]:
     return _BACKENDS
 
 
-def _settings(
-    method: Method, settings: Settings | Mapping[str, Any] | None, preset: str | None
-) -> Settings:
+def method_settings(method: Method, settings: Settings | Mapping[str, Any] | None, preset: str | None) -> Settings:
+    """The settings that a method will run with: defaults, changed by the preset, changed by the settings.
+
+    Args:
+        method: a registered method.
+        settings: settings of the method's own class, or changes by name.
+        preset: name of one of the method's presets.
+
+    Raises:
+        UnknownNameError: a preset or setting that the method doesn't have.
+        SettingsError: values that can't be used.
+    """
     if isinstance(settings, Settings):
         if preset is not None:
             raise SettingsError("pass settings as a mapping of changes when a preset is given too")
@@ -181,7 +191,8 @@ def prepare(
     """
     with module_modes(model, False):
         facts = find_facts(model, input_size=input_size)
-    return _BACKENDS.get(backend).prepare(model, facts.input_size, _scheme(scheme))
+    with fork_rng(0):  # toolkits initialise the modules that they build, to no effect
+        return _BACKENDS.get(backend).prepare(model, facts.input_size, _scheme(scheme))
 
 
 def calibrate(
@@ -230,11 +241,12 @@ def calibrate(
         UnknownNameError: a name that nothing goes by.
     """
     chosen = _METHODS.get(method)
-    made = _settings(chosen, settings, preset)
+    made = method_settings(chosen, settings, preset)
     if minutes is not None and not minutes > 0:
         raise SettingsError(f"minutes = {minutes!r} must be positive")
     toolkit = _backend_of(prepared, backend)
-    opened = toolkit.open(prepared)
+    with fork_rng(seed):
+        opened = toolkit.open(prepared)
     source = teacher if teacher is not None else opened.float_model()
     with module_modes(source, False):
         facts = find_facts(
@@ -257,8 +269,8 @@ def calibrate(
         task = Task(frozen, opened, made, seed, where, progress or _silent, minutes)
         outcome = chosen.calibrate(task)
         figures = _figures(frozen, opened, outcome, where)
-    opened.module.to(_place(prepared))
-    opened.commit()
+        opened.module.to(_place(prepared))
+        opened.commit()
     return Result(
         method=method,
         backend=toolkit.name,
@@ -331,11 +343,12 @@ def quantize(
         SettingsError: settings that can't be used.
     """
     widths = _scheme(scheme)
-    _settings(_METHODS.get(method), settings, preset)  # refuse before any work
+    method_settings(_METHODS.get(method), settings, preset)  # refuse before any work
     toolkit = _BACKENDS.get(backend)
     with module_modes(model, False):
         facts = find_facts(model, input_size=input_size, num_classes=num_classes, mean=mean, std=std)
-    prepared = toolkit.prepare(model, facts.input_size, widths)
+    with fork_rng(seed):
+        prepared = toolkit.prepare(model, facts.input_size, widths)
     result = calibrate(
         prepared,
         teacher=model,
@@ -352,7 +365,8 @@ def quantize(
         backend=backend,
         progress=progress,
     )
-    return replace(result, scheme=widths, quantized=toolkit.open(result.prepared).convert())
+    with fork_rng(seed):
+        return replace(result, scheme=widths, quantized=toolkit.open(result.prepared).convert())
 
 
 def synthesize(model: nn.Module, count: int, **arguments: Any) -> SyntheticDataset:

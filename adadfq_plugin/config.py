@@ -52,11 +52,13 @@ class Settings(_Frozen):
         None, description="images in a training step of Q; unset: 64 up to 64 pixels, else 16"
     )
     steps: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="training steps of Q, 0 sets ranges only; unset: from the bits and the network's cost"
+        None,
+        description="training steps of Q, 0 sets ranges only; unset: from the bits and the network's cost",
     )
     optimizer: Literal["adam", "sgd"] = Field("adam", description="optimiser of Q")
     learning_rate: Rate | None = Field(
-        None, description="initial learning rate of Q's weights; unset: 5e-4 at 4 bits, halved for each bit more"
+        None,
+        description="initial learning rate of Q's weights; unset: 5e-4 at 4 bits, halved for each bit more",
     )
     step_size_learning_rate: Rate | None = Field(
         None, description="learning rate of the step sizes, relative to each; unset: as learning_rate"
@@ -67,7 +69,8 @@ class Settings(_Frozen):
         (0.25, 0.5, 0.75), description="fractions of the run at which 'stages' divides the rates by ten"
     )
     loss: Literal["kl", "information"] = Field(
-        "kl", description="what Q minimises: divergence from P, or the paper's negative disagreement information"
+        "kl",
+        description="what Q minimises: divergence from P, or the paper's negative disagreement information",
     )
     temperature: Rate = Field(4.0, description="temperature of Q's loss")
     ranges: Literal["mse", "minmax"] = Field("mse", description="start of the activation and weight ranges")
@@ -159,7 +162,9 @@ def to_toml(sections: Mapping[str, BaseModel | Mapping[str, Any]]) -> str:
         weight_bits = 4
     """
     tables = {
-        name: section.model_dump(mode="json", exclude_none=True) if isinstance(section, BaseModel) else dict(section)
+        name: section.model_dump(mode="json", exclude_none=True)
+        if isinstance(section, BaseModel)
+        else dict(section)
         for name, section in sections.items()
     }
     return tomli_w.dumps(tables)

@@ -113,7 +113,7 @@ def _open_folder(target: Path, replace: bool) -> Path:
         if target.exists() and not target.is_dir():
             raise OutputError(f"{target} is a file, not a folder")
         if not replace and target.is_dir() and any(target.iterdir()):
-            raise OutputError(f"{target} exists and is not empty")
+            raise OutputError(f"{target} exists and is not empty; it can be replaced (--force)")
         temporary = _sibling(target)
         temporary.mkdir(parents=True)
     except OSError as error:

@@ -40,7 +40,9 @@ class BNStatistics:
             if bool((layer.running_mean == 0).all()) and bool((layer.running_var == 1).all())  # type: ignore[operator,union-attr]
         ]
         if len(fresh) == len(layers):
-            return "its BatchNorm layers hold no statistics (mean 0, variance 1): the network was never trained"
+            return (
+                "its BatchNorm layers hold no statistics (mean 0, variance 1): the network was never trained"
+            )
         return None
 
     @contextmanager
@@ -93,7 +95,9 @@ class PriorSum:
 
     name = "sum"
 
-    def __init__(self, parts: Sequence[tuple[float, BNStatistics | TotalVariation]], model: nn.Module) -> None:
+    def __init__(
+        self, parts: Sequence[tuple[float, BNStatistics | TotalVariation]], model: nn.Module
+    ) -> None:
         self.parts = [(weight, prior) for weight, prior in parts if weight > 0]
         for _, prior in self.parts:
             why = prior.reason(model)

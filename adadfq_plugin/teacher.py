@@ -75,7 +75,7 @@ class Teacher:
     """The frozen network and its facts; ``model`` is a private copy in eval mode without gradients.
 
     Args:
-        model: maps (N, *facts.input_size) to logits (N, C).
+        model: maps images (N, channels, height, width) to logits (N, C).
         facts: what is known of its images.
         name: what the report calls it.
         macs: multiply-adds of one image.
@@ -252,7 +252,9 @@ def find_facts(
             f"{str(error).splitlines()[0]}; pass input_size="
         ) from error
     if len(shape) != 2:
-        raise ModelError(f"the model's output has shape {shape} for two images; logits (2, classes) are needed")
+        raise ModelError(
+            f"the model's output has shape {shape} for two images; logits (2, classes) are needed"
+        )
     if shape[1] < 2:
         raise ModelError("the model has one class; AdaDFQ needs at least two to let P and Q disagree")
     if num_classes is not None and num_classes != shape[1]:

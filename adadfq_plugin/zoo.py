@@ -75,7 +75,9 @@ def load_model(
     try:
         with fork_rng(0):  # constructors draw from the global generator
             model: nn.Module = timm.create_model(name, pretrained=download, **arguments)
-    except (TypeError, AssertionError) as error:
+    except (TypeError, AssertionError, ValueError) as error:
+        if local and isinstance(error, ValueError):
+            raise DataError(f"model {name!r} can't be read: {_line(error)}") from error
         raise SettingsError(f"model {name!r} can't be made with {arguments}: {_line(error)}") from error
     except Exception as error:  # a download fails in as many ways as there are HTTP libraries
         if local:
@@ -100,9 +102,10 @@ def _known(name: str, download: bool) -> None:
 
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
-        raise UnknownNameError(
-            f"timm has no model {architecture!r}{nearest(architecture, timm.list_models())}"
-        )
+        hint = nearest(architecture, timm.list_models())
+        if "/" in name:
+            hint = f": write hf-hub:{name} for the Hub, local-dir:{name} for a folder"
+        raise UnknownNameError(f"timm has no model {architecture!r}{hint}")
     full = timm.list_pretrained(f"{architecture}.*") + timm.list_pretrained(architecture)
     tags = sorted({other.partition(".")[2] for other in full})
     if tag and tag not in tags:
@@ -269,7 +272,7 @@ class ValidationLoader:
             return
         except DataError as error:  # from a worker it comes with that worker's traceback as its message
             last = str(error).strip().splitlines()[-1]
-        # Raised out here, the error holds no frame of the loader, and the workers end now.
+            error.__traceback__ = None  # it holds the loader, whose workers would live on
         raise DataError(last.removeprefix(f"{DataError.__module__}.{DataError.__qualname__}: "))
 
 

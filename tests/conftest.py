@@ -36,7 +36,9 @@ class Watched(NamedTuple):
 
 
 def _environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    # torch's compiler notes its cache folder at the first step of any optimiser
+    passing = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR")
+    return {name: value for name, value in os.environ.items() if name not in passing}
 
 
 def _set_environment(values: dict[str, str]) -> None:

@@ -45,6 +45,7 @@ CALIBRATE = """
         converted = convert_fx(prepared.eval())
         error = (converted(example) - expected).detach()
         print(json.dumps({
+            "method": result.method,
             "provenance": result.samples.provenance["method"],
             "samples": len(result.samples),
             "notes": list(result.notes),
@@ -112,7 +113,7 @@ def test_methods_lists_no_plugin_that_is_not_installed() -> None:
 
 def test_calibrate_runs_the_plugin_by_name(site: Path) -> None:
     answer = calibrate("uniform_noise", site)
-    assert answer["provenance"] == "uniform_noise"
+    assert answer["method"] == answer["provenance"] == "uniform_noise"
     assert answer["samples"] == 256
     assert "ranges seen on 256 images of uniform noise" in answer["notes"]
     assert answer["integer"] >= 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -66,6 +67,7 @@ def test_the_caller_s_random_state_is_left_alone() -> None:
     ("name", "said"),
     [
         ("resnet81", r"no model 'resnet81', did you mean 'resnet\d+"),
+        ("timm/resnet18.a1_in1k", r"hf-hub:timm/resnet18\.a1_in1k for the Hub"),
         ("resnet18.a1_in1", r"no weights 'a1_in1' of resnet18, did you mean 'a1_in1k'"),
     ],
 )
@@ -77,6 +79,11 @@ def test_unknown_names_get_the_nearest(name: str, said: str) -> None:
 def test_constructor_arguments_that_do_not_exist() -> None:
     with pytest.raises(SettingsError, match=r"test_resnet.*colour"):
         zoo.load_model(NAME, pretrained=False, model_kwargs={"colour": "red"})
+
+
+def test_sources_that_timm_does_not_have() -> None:
+    with pytest.raises(SettingsError, match=r"zip:resnet18.*zip"):
+        zoo.load_model("zip:resnet18")
 
 
 def test_no_pretrained_weights() -> None:
@@ -99,6 +106,18 @@ def test_a_failed_download_shows_the_way_out(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_missing_local_folder(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"local-dir:.*config\.json"):
         zoo.load_model(f"local-dir:{tmp_path}")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(DataError, match=r"local-dir:.*can't be read"):
+        zoo.load_model(f"local-dir:{tmp_path}")
+
+
+def test_a_local_folder(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    config = {"architecture": NAME, "num_classes": 10, "pretrained_cfg": {"input_size": [3, 96, 96]}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(state, tmp_path / "model.safetensors")
+    model = zoo.load_model(f"local-dir:{tmp_path}")
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert zoo.facts(model).input_size == (3, 96, 96)
 
 
 def test_a_pretrained_network_keeps_its_classes(monkeypatch: pytest.MonkeyPatch) -> None:

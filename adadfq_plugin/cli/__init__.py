@@ -149,8 +149,9 @@ def evaluate(val: str, class_map: str | None, workers: int, batch_size: int, **v
 @option("--force", is_flag=True, help="replace an output that exists")
 @_config
 @_debug
-@fields_as_options(Run, "Run", skip=("minutes", "backend"))
+@fields_as_options(Run, "Run")
 @_network
+@fields_as_options(Scheme, "Bits and kernels of the network that the images are made for")
 @fields_as_options(AdaDFQSettings, "Settings of the method", short={"batch_size": "-b"}, skip=("samples",))
 def synthesize(output: Path, count: int, force: bool, config: Path | None, **values: Any) -> None:
     """Makes images from the network NAME alone, for tools that calibrate by themselves."""

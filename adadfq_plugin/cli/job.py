@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,23 +15,27 @@ from torch import Tensor, nn
 from adadfq_plugin import api, zoo
 from adadfq_plugin.cli.options import Network, Plan
 from adadfq_plugin.cli.progress import Bars
-from adadfq_plugin.config import Settings, build, nearest, to_toml
-from adadfq_plugin.contracts import Backend, Method
+from adadfq_plugin.config import Settings, to_toml
+from adadfq_plugin.contracts import Backend
 from adadfq_plugin.dataset import SyntheticDataset, facts_from_json
 from adadfq_plugin.demo import demo_model
-from adadfq_plugin.errors import DataError, OutputError, SettingsError, UnknownNameError
+from adadfq_plugin.errors import DataError, OutputError, SettingsError
 from adadfq_plugin.files import atomic_folder, check_folder
+from adadfq_plugin.hooks import module_modes
 from adadfq_plugin.report import Accuracy, Latency, Report, environment, measure_latency, write
 from adadfq_plugin.report.render import megabytes, percent
 from adadfq_plugin.teacher import Facts
 
-__all__ = ["MODEL_FILE", "Images", "check_method", "evaluate", "load", "quantize", "summary", "synthesize"]
+__all__ = ["MODEL_FILE", "Images", "evaluate", "load", "quantize", "summary", "synthesize"]
 
 MODEL_FILE = "quantized.pt"
 SAMPLES_FILE = "samples.safetensors"
 SETTINGS_FILE = "settings.toml"
 REPORT_FILE = "report.json"
 DEMO = "demo:"
+FAITHFUL = 0.98
+"""Agreement of fake-quantized and converted network below which a user is warned."""
+Logits = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -73,20 +77,6 @@ def load(network: Network) -> tuple[nn.Module, Facts, str]:
     return model, zoo.facts(model, given), network.crop_mode or zoo.crop_mode(model)
 
 
-def check_method(plan: Plan) -> Method:
-    """The method of the plan, if there is one and the preset and the settings are its own."""
-    method = api.methods().get(plan.run.method)
-    preset = plan.run.preset
-    if preset is not None and preset not in method.presets:
-        names = sorted(method.presets)
-        raise UnknownNameError(
-            f"method {method.name!r} has no preset {preset!r}{nearest(preset, names)} "
-            f"(it has: {', '.join(names) or 'none'})"
-        )
-    build(method.settings, {**method.presets.get(preset or "", {}), **plan.settings})
-    return method
-
-
 def quantize(plan: Plan, output: Path, images: Images | None, *, force: bool, bars: Bars) -> Report:
     """The whole of ``adadfq quantize``: everything is in ``output`` when it returns, or nothing.
 
@@ -97,7 +87,7 @@ def quantize(plan: Plan, output: Path, images: Images | None, *, force: bool, ba
         force: replace an output folder that holds something.
         bars: where progress goes.
     """
-    check_method(plan)
+    api.method_settings(api.methods().get(plan.run.method), plan.settings, plan.run.preset)
     backend = api.backends().get(plan.run.backend)
     check_folder(output, replace=force)
     bars("load", 0, 1, {})
@@ -106,26 +96,27 @@ def quantize(plan: Plan, output: Path, images: Images | None, *, force: bool, ba
     bars("load", 1, 1, {})
     # The float figure comes first: it reads every image, so that a broken one doesn't cost the whole run.
     top1 = {} if loader is None else {"float": _top1(model, loader, "float", bars)}
-    result = api.quantize(
-        model,
-        scheme=plan.scheme,
-        minutes=plan.run.minutes,
-        backend=plan.run.backend,
-        **_common(plan, facts, bars),
-    )
-    if result.quantized is None:
-        raise SettingsError(f"backend {plan.run.backend!r} can't convert what it prepared")
+    result = api.quantize(model, **_arguments(plan, facts, bars))
+    assert result.quantized is not None  # calibrate alone leaves it out
     converted = result.quantized
+    samples = _signed(result.samples, plan, facts)
     if loader is not None:
-        top1["fake-quantized"] = _top1(result.prepared.eval(), loader, "fake-quantized", bars)
+        top1["fake-quantized"] = _top1(result.prepared, loader, "fake-quantized", bars)
         top1["converted"] = _top1(converted, loader, "converted", bars)
     accuracy = None if images is None or loader is None else Accuracy(top1, loader.count, images.folder)
-    example = result.samples.images(0, 1)
+    example = samples.images(0, 1)
+    fidelity = _fidelity(result.prepared, converted, samples, bars)
+    warnings = list(result.warnings)
+    if fidelity < FAITHFUL:
+        warnings.append(
+            f"on the synthetic set the converted network agrees with the fake-quantized one on {percent(fidelity)} "
+            f"alone, where {percent(FAITHFUL)} are to be expected: it is not the network that was calibrated"
+        )
     latency = _latency(model, converted, example, bars)
     bars("write", 0, 1, {})
     with atomic_folder(output, replace=force) as folder:
-        _save(backend, converted, example, folder / MODEL_FILE, output)
-        result.samples.save(folder / SAMPLES_FILE)
+        warnings += _save(backend, converted, example, folder / MODEL_FILE, output)
+        samples.save(folder / SAMPLES_FILE)
         (folder / SETTINGS_FILE).write_text(_settings(plan, result.settings), encoding="utf-8")
         report = Report(
             name=plan.network.name,
@@ -134,15 +125,17 @@ def quantize(plan: Plan, output: Path, images: Images | None, *, force: bool, ba
             scheme=plan.scheme.model_dump(),
             settings=result.settings.model_dump(),
             seed=plan.run.seed,
-            samples=result.samples,
+            minutes=plan.run.minutes,
+            samples=samples,
             history=result.history,
             seconds=result.seconds,
             agreement=result.agreement,
+            fidelity=fidelity,
             sqnr_db=result.sqnr_db,
             information=result.information,
             boundaries=_boundaries(result.settings),
             notes=result.notes,
-            warnings=result.warnings,
+            warnings=warnings,
             accuracy=accuracy,
             sizes={"float": _float_bytes(model), "converted": (folder / MODEL_FILE).stat().st_size},
             latency=latency,
@@ -156,14 +149,14 @@ def quantize(plan: Plan, output: Path, images: Images | None, *, force: bool, ba
 
 def synthesize(plan: Plan, output: Path, count: int, *, force: bool, bars: Bars) -> SyntheticDataset:
     """The whole of ``adadfq synthesize``: ``output`` is complete when it returns, or wasn't touched."""
-    check_method(plan)
+    api.method_settings(api.methods().get(plan.run.method), plan.settings, plan.run.preset)
     if output.is_file() and not force:
         raise OutputError(f"{output} exists (--force replaces it)")
     SyntheticDataset.check_path(output, replace=force)
     bars("load", 0, 1, {})
     model, facts, _ = load(plan.network)
     bars("load", 1, 1, {})
-    samples = api.synthesize(model, count, **_common(plan, facts, bars))
+    samples = _signed(api.synthesize(model, count, **_arguments(plan, facts, bars)), plan, facts)
     samples.save(output, replace=force)
     return samples
 
@@ -171,6 +164,7 @@ def synthesize(plan: Plan, output: Path, count: int, *, force: bool, bars: Bars)
 def evaluate(plan: Plan, images: Images, bars: Bars) -> Accuracy:
     """Top-1 of a network by name, or of the converted one in a folder that ``adadfq quantize`` wrote."""
     folder = Path(plan.network.name)
+    model: Logits
     if folder.is_dir():
         told = sorted(plan.network.model_fields_set - {"name"})
         if told:
@@ -184,21 +178,33 @@ def evaluate(plan: Plan, images: Images, bars: Bars) -> Accuracy:
     return Accuracy({network: _top1(model, loader, network, bars)}, loader.count, images.folder)
 
 
-def _converted(folder: Path) -> tuple[nn.Module, Facts, str]:
+def _converted(folder: Path) -> tuple[Logits, Facts, str]:
     try:
         values = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
         facts, backend = facts_from_json(values["facts"]), values["backend"]
         crop_mode = values["crop_mode"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder} is no folder that 'adadfq quantize' wrote: {error}") from error
-    return api.backends().get(backend).load(str(folder / MODEL_FILE)), facts, crop_mode
+    # The method, not the module: a frozen TorchScript module has no train mode that evaluate could put back.
+    return api.backends().get(backend).load(folder / MODEL_FILE).forward, facts, crop_mode
 
 
-def _top1(model: nn.Module, loader: zoo.ValidationLoader, network: str, bars: Bars) -> float:
-    def progress(phase: str, step: int, total: int, figures: Mapping[str, float]) -> None:
-        bars(f"{phase} {network}", step, total, figures)
+def _top1(model: Logits, loader: zoo.ValidationLoader, network: str, bars: Bars) -> float:
+    def progress(done: int) -> None:
+        bars(f"top-1 of {network}", done, loader.count, {})
 
-    return float(api.evaluate(model, loader, progress=progress).top1)
+    return api.evaluate(model, loader, progress=progress).top1
+
+
+def _fidelity(prepared: nn.Module, converted: nn.Module, samples: SyntheticDataset, bars: Bars) -> float:
+    """The share of the samples on which the two agree in top-1: conversion gives what was calibrated."""
+    agreed, size = 0, 32
+    with torch.no_grad(), module_modes(prepared, False):
+        for start in range(0, len(samples), size):
+            images = samples.images(start, start + size)
+            agreed += int((prepared(images).argmax(1) == converted(images).argmax(1)).sum())
+            bars("compare", min(len(samples), start + size), len(samples), {})
+    return agreed / len(samples)
 
 
 def _latency(model: nn.Module, converted: nn.Module, example: Tensor, bars: Bars) -> Latency:
@@ -208,11 +214,20 @@ def _latency(model: nn.Module, converted: nn.Module, example: Tensor, bars: Bars
     return latency
 
 
-def _save(backend: Backend, converted: nn.Module, example: Tensor, path: Path, output: Path) -> None:
+def _save(backend: Backend, converted: nn.Module, example: Tensor, path: Path, output: Path) -> list[str]:
+    """Writes the converted network, reads it back, and warns if it isn't the same."""
     try:
-        backend.save(converted, example, str(path))
+        backend.save(converted, example, path)
     except RuntimeError as error:  # what torch's file writer raises when the disk is full
         raise OutputError(f"can't write {output / path.name}: {error}") from error
+    with torch.no_grad():
+        wanted, found = converted(example), backend.load(path)(example)
+    worst = float((found - wanted).abs().max() / wanted.std())
+    return (
+        [f"read back from its file, the network's logits are off by {worst:.1e} of their deviation"]
+        if worst
+        else []
+    )
 
 
 def _float_bytes(model: nn.Module) -> int:
@@ -222,11 +237,11 @@ def _float_bytes(model: nn.Module) -> int:
 
 
 def _settings(plan: Plan, settings: Settings) -> str:
-    """What ``--config`` takes to do the same again: preset and minutes have become settings."""
+    """What ``--config`` takes to do the same again; the preset has become settings."""
     return to_toml(
         {
             "network": plan.network.model_dump(exclude_unset=True),
-            "run": plan.run.model_dump(exclude={"preset", "minutes"}, exclude_none=True),
+            "run": plan.run.model_dump(exclude={"preset"}, exclude_none=True),
             "scheme": plan.scheme,
             "settings": settings,
         }
@@ -238,19 +253,28 @@ def _boundaries(settings: Settings) -> tuple[float, float] | None:
     return None if low is None or high is None else (low, high)
 
 
-def _common(plan: Plan, facts: Facts, bars: Bars) -> dict[str, Any]:
+def _arguments(plan: Plan, facts: Facts, bars: Bars) -> dict[str, Any]:
     return {
-        "method": plan.run.method,
+        "scheme": plan.scheme,
+        **plan.run.model_dump(),
         "settings": plan.settings,
-        "preset": plan.run.preset,
         "input_size": facts.input_size,
         "num_classes": facts.num_classes,
         "mean": facts.mean,
         "std": facts.std,
-        "seed": plan.run.seed,
-        "device": plan.run.device,
         "progress": bars,
     }
+
+
+def _signed(samples: SyntheticDataset, plan: Plan, facts: Facts) -> SyntheticDataset:
+    """The set with what this command knows beyond the API: the network, and who told which fact."""
+    samples.facts = facts
+    samples.provenance |= {
+        "network": plan.network.model_dump(exclude_unset=True),
+        "scheme": plan.scheme.model_dump(),
+        "versions": environment()["versions"],
+    }
+    return samples
 
 
 def summary(report: Report, output: Path) -> str:
@@ -275,5 +299,6 @@ def summary(report: Report, output: Path) -> str:
             f"one image, {report.latency.threads} threads: float {times['float']:.1f} ms, converted "
             f"{times['converted']:.1f} ms ({times['float'] / times['converted']:.2f} times as fast)"
         )
+    lines += [f"warning: {line}" for line in report.warnings]
     lines.append(f"written to {output}: {', '.join(sorted(file.name for file in output.iterdir()))}")
     return "\n".join(lines)

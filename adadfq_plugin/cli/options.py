@@ -209,7 +209,7 @@ def plan(values: Mapping[str, Any], config: Path | None) -> Plan:
             raise SettingsError(f"{config}: {section} must be a section, [{section}]")
         told[section].update(table)
     for section, kind in SECTIONS.items():
-        given = {name: values[name] for name in kind.model_fields if values.get(name) not in (None, ())}
+        given = {name: values[name] for name in kind.model_fields if values.get(name) not in (None, (), "")}
         told[section].update(given)
     pairs = told["network"].get("model_kwargs", {})
     if not isinstance(pairs, dict):

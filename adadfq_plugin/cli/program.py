@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 import click
 
@@ -45,7 +45,7 @@ class Program(click.Group):
         extra["standalone_mode"] = False
         debug = "--debug" in words
         with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
+            warnings.showwarning = _shown(everything=debug)
             try:
                 code = super().main(words, prog_name or "adadfq", **extra)
             except (click.Abort, KeyboardInterrupt):
@@ -72,14 +72,10 @@ def _hint(error: click.ClickException) -> str:
     return f" (see {context.command_path} --help)" if isinstance(context, click.Context) else ""
 
 
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    # What the toolkits warn of concerns whoever calls them, and here that isn't the user.
-    if Path(__file__).parents[1] in Path(filename).parents or "--debug" in sys.argv:
-        click.echo(f"adadfq: warning: {' '.join(str(message).split())}", err=True)
+def _shown(everything: bool) -> Callable[..., None]:
+    def show(message: Warning | str, category: type[Warning], filename: str, *_place: object) -> None:
+        # What the toolkits warn of concerns whoever calls them, and here that isn't the user.
+        if everything or Path(__file__).parents[1] in Path(filename).parents:
+            click.echo(f"adadfq: warning: {' '.join(str(message).split())}", err=True)
+
+    return show

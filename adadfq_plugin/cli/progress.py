@@ -37,13 +37,8 @@ class Bars:
         self._bars = _bars() if drawn else None
         self._tasks: dict[str, TaskID] = {}
         self._phase = ""
-        self._steps = 0
-        self._start = self._began = time.perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        """Time since the beginning."""
-        return time.perf_counter() - self._start
+        self._count = ""
+        self._began = time.perf_counter()
 
     def __enter__(self) -> Bars:
         if self._bars is not None:
@@ -59,21 +54,25 @@ class Bars:
             self._end_phase()
 
     def __call__(self, phase: str, step: int, total: int, figures: Mapping[str, float]) -> None:
+        """Shows one step; step 0 announces a phase that is still to come."""
         if self._bars is not None:
             if phase not in self._tasks:
-                self._tasks[phase] = self._bars.add_task(phase, total=total, figures="")
+                self._tasks[phase] = self._bars.add_task(phase, start=False, total=total, figures="")
+            task = self._tasks[phase]
+            if step:
+                self._bars.start_task(task)
             shown = "  ".join(f"{name} {value:.4g}" for name, value in list(figures.items())[:3])
-            self._bars.update(self._tasks[phase], completed=step, total=total, figures=shown)
-            return
-        if phase != self._phase:
-            self._end_phase()
-            self._phase, self._began = phase, time.perf_counter()
-        self._steps = step
+            self._bars.update(task, completed=step, total=total, figures=shown)
+        elif step:
+            if phase != self._phase:
+                self._end_phase()
+            self._phase, self._count = phase, f"{step}/{total}"
 
     def _end_phase(self) -> None:
+        now = time.perf_counter()
         if self._phase:
-            steps = f"{self._steps} steps, " if self._steps > 1 else ""
-            click.echo(f"{self._phase}: {steps}{time.perf_counter() - self._began:.1f} s", err=True)
+            click.echo(f"{self._phase}: {self._count}, {now - self._began:.1f} s", err=True)
+            self._began = now
         self._phase = ""
 
 

@@ -17,7 +17,7 @@ from adadfq_plugin.functional import (
     normalized_information,
 )
 from adadfq_plugin.game.pace import Pace
-from adadfq_plugin.generators import make_generator
+from adadfq_plugin.generators import Generator
 from adadfq_plugin.priors import BNStatistics, PriorSum, TotalVariation
 from adadfq_plugin.teacher import Teacher
 
@@ -47,8 +47,10 @@ class GeneratorPlayer:
         device: torch.device,
     ) -> None:
         self.teacher, self.settings, self.batch_size, self._rng = teacher, settings, batch_size, rng
-        self.prior = PriorSum([(settings.gamma, BNStatistics()), (settings.tv, TotalVariation())], teacher.model)
-        self.generator = make_generator(teacher.facts, settings.latent_dim, settings.generator_width).to(device)
+        self.prior = PriorSum(
+            [(settings.gamma, BNStatistics()), (settings.tv, TotalVariation())], teacher.model
+        )
+        self.generator = Generator(teacher.facts, settings.latent_dim, settings.generator_width).to(device)
         self.parameters = list(self.generator.parameters())
         self.optimizer = torch.optim.Adam(
             self.parameters, lr=settings.generator_learning_rate, betas=(0.5, 0.999)

@@ -99,7 +99,7 @@ class Run:
                 if player is not None and prior is not None and self._is_round(step):
                     figures = self._round(player, prior, learner)
                 else:
-                    figures = self._lesson(learner)
+                    figures = self._lesson(learner, player)
                 self._report("game", step, pace.total, figures)
 
     def _is_round(self, step: int) -> bool:
@@ -120,9 +120,13 @@ class Run:
         self.pool.add(images, labels)
         return {**figures, "loss": loss.item()}
 
-    def _lesson(self, learner: QuantizedPlayer) -> dict[str, float]:
-        """Q moves on kept samples, slightly changed."""
-        images, _ = self.pool.draw(self.plan.batch_size)
+    def _lesson(self, learner: QuantizedPlayer, player: GeneratorPlayer | None) -> dict[str, float]:
+        """Q moves on kept samples, or on G's newest without replay, slightly changed."""
+        settings = self.task.settings
+        if player is not None and isinstance(settings, AdaDFQSettings) and not settings.replay:
+            images, _ = player.sample()
+        else:
+            images, _ = self.pool.draw(self.plan.batch_size)
         images = augment(images.to(self.task.device), self.rng)
         with torch.no_grad():
             z_p = self.task.teacher(images)

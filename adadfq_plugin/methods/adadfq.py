@@ -50,6 +50,14 @@ class AdaDFQ:
             "stages": (0.875,),
             "temperature": 5.0,
         },
+        "paper_mobilenetv2": {
+            **_PAPER,
+            "steps": 350 * 200,
+            "warmup_steps": 50 * 200,
+            "learning_rate": 1e-5,
+            "stages": (0.875,),
+            "temperature": 5.0,
+        },
         "paper_resnet50": {
             **_PAPER,
             "steps": 350 * 200,

@@ -64,10 +64,12 @@ class Report:
         scheme: bits and engine; None for a model that the user prepared.
         settings: settings of the method, the given ones.
         seed: seed of the run.
+        minutes: time limit of the calibration, None for a fixed number of steps.
         samples: the synthetic set, with the facts of the network's input.
         history: losses by phase.
         seconds: duration by phase.
         agreement: share of the synthetic set on which float and fake-quantized network agree in top-1.
+        fidelity: share of the synthetic set on which fake-quantized and converted network agree in top-1.
         sqnr_db: ratio of the float logits to their quantization error on the synthetic set, in decibel.
         information: normalised disagreement information H' of each sample (N,).
         boundaries: lambda_l and lambda_u, for the methods that have them.
@@ -87,9 +89,11 @@ class Report:
     settings: Mapping[str, Any]
     seed: int
     samples: SyntheticDataset
+    minutes: float | None = None
     history: History = field(default_factory=History)
     seconds: Mapping[str, float] = field(default_factory=dict)
     agreement: float | None = None
+    fidelity: float | None = None
     sqnr_db: float | None = None
     information: Tensor | None = None
     boundaries: tuple[float, float] | None = None
@@ -130,11 +134,13 @@ class Report:
             "scheme": self.scheme,
             "settings": self.settings,
             "seed": self.seed,
+            "minutes": self.minutes,
             "facts": asdict(self.facts),
             "crop_mode": self.crop_mode,
             "guesses": self.facts.guesses,
             "samples": len(self.samples),
             "agreement": self.agreement,
+            "fidelity": self.fidelity,
             "sqnr_db": self.sqnr_db,
             "boundaries": self.boundaries,
             "shares": self.shares(),

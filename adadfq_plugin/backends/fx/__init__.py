@@ -12,8 +12,8 @@ from torch.ao.quantization.quantize_fx import prepare_qat_fx
 from torch.fx import GraphModule
 
 from adadfq_plugin.backends.fx.fake_quantize import LearnedFakeQuantize
-from adadfq_plugin.backends.fx.kernels import best_engine, has_vnni, largest_activation, using_engine
-from adadfq_plugin.backends.fx.prepared import FXPrepared, prepared_attributes
+from adadfq_plugin.backends.fx.kernels import best_engine, has_vnni, using_engine
+from adadfq_plugin.backends.fx.prepared import ENGINE, FXPrepared, prepared_attributes
 from adadfq_plugin.backends.fx.qconfig import qconfig_mapping
 from adadfq_plugin.backends.fx.traceable import traceable
 from adadfq_plugin.config import Scheme
@@ -25,7 +25,6 @@ __all__ = [
     "LearnedFakeQuantize",
     "best_engine",
     "has_vnni",
-    "largest_activation",
     "qconfig_mapping",
     "traceable",
     "using_engine",
@@ -56,6 +55,7 @@ class FXBackend:
             if hasattr(model, name):
                 setattr(prepared, name, copy.deepcopy(getattr(model, name)))
         prepared.meta["adadfq_input_size"] = tuple(input_size)
+        prepared.meta[ENGINE] = best_engine() if scheme.engine == "auto" else scheme.engine
         return prepared
 
     def open(self, prepared: nn.Module) -> FXPrepared:

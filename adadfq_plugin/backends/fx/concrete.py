@@ -23,54 +23,10 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from adadfq_plugin.backends.fx.lift import Call, lift
+from adadfq_plugin.backends.fx.calls import READS_VALUES, Call, Refusal, as_call, create_beside, on_constant
+from adadfq_plugin.backends.fx.lift import lift
 
-__all__ = ["ConcreteTrace", "Refusal", "create_beside", "on_constant", "with_item"]
-
-
-class Refusal(Exception):
-    """A call that cannot stand in a graph; `ConcreteTrace.path` is where it was made."""
-
-
-def with_item(tensor: Tensor, index: Any, value: Any) -> Tensor:
-    """Return a copy of ``tensor`` where ``tensor[index]`` is ``value``: item assignment without a side effect."""
-    copy = tensor.clone()
-    copy[index] = value
-    return copy
-
-
-def create_beside(tensor: Tensor, function: str, *args: Any, **kwargs: Any) -> Tensor:
-    """Return ``torch.<function>(*args, **kwargs)`` on the device of ``tensor``: a constant but for its batch size."""
-    created: Tensor = getattr(torch, function)(*args, **{**kwargs, "device": tensor.device})
-    return created
-
-
-def on_constant(constant: Tensor, method: str, *args: Any, **kwargs: Any) -> Tensor:
-    """Return ``constant.<method>(*args, **kwargs)``, where torch's own tracer would see no input but a batch size."""
-    result: Tensor = getattr(constant, method)(*args, **kwargs)
-    return result
-
-
-# Methods whose result depends on the values of the tensor, not only on its shape, type or place.
-_READS_VALUES = frozenset(
-    {"__bool__", "__int__", "__float__", "__index__", "__complex__", "__contains__", "__array__", "__format__"}
-    | {"item", "tolist", "numpy", "equal", "allclose", "is_nonzero", "nonzero", "masked_select", "unique"}
-)
-
-# The operators that quantization toolkits look for, instead of the methods that Python turns them into.
-_OPERATORS: dict[str, Callable[..., Any]] = {
-    **{name: getattr(operator, name) for name in ("add", "sub", "mul", "matmul", "neg", "pow")},
-    **{f"__{name}__": getattr(operator, name) for name in ("add", "sub", "mul", "matmul", "floordiv", "mod")},
-    **{name: getattr(operator, name) for name in ("__getitem__", "__invert__", "__and__", "__or__", "__xor__")},
-    **{f"__{name}__": getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge", "pow", "truediv")},
-    "div": operator.truediv,
-    "__div__": operator.truediv,
-}
-_REFLECTED: dict[str, Callable[..., Any]] = {
-    **{f"__r{name}__": getattr(operator, name) for name in ("add", "sub", "mul", "matmul", "floordiv", "mod", "pow")},
-    "__rtruediv__": operator.truediv,
-    "__rdiv__": operator.truediv,
-}
+__all__ = ["BatchInt", "ConcreteTrace"]
 
 
 class BatchInt(int):
@@ -86,6 +42,12 @@ class BatchInt(int):
         self = cls(value)
         self.trace, self.node, self.twin = trace, node, twin
         return self
+
+    def __int__(self) -> int:
+        raise Refusal("int() makes a constant of the batch size")
+
+    def __float__(self) -> float:
+        raise Refusal("float() makes a constant of the batch size")
 
 
 def _arithmetic(function: Callable[..., Any], reflected: bool) -> Callable[..., Any]:
@@ -103,8 +65,8 @@ for _name in ("add", "sub", "mul", "floordiv", "truediv", "mod", "pow"):
     setattr(BatchInt, f"__r{_name}__", _arithmetic(getattr(operator, _name), reflected=True))
 for _name in ("neg", "eq", "ne", "lt", "le", "gt", "ge"):
     setattr(BatchInt, f"__{_name}__", _arithmetic(getattr(operator, _name), reflected=False))
-BatchInt.__bool__ = lambda self: self.trace.arithmetic(bool, (self,))  # type: ignore[method-assign]
-BatchInt.__hash__ = int.__hash__  # type: ignore[method-assign]
+BatchInt.__bool__ = _arithmetic(bool, reflected=False)  # type: ignore[method-assign]
+BatchInt.__hash__ = int.__hash__  # type: ignore[method-assign]  # a class with its own __eq__ has none
 
 
 @dataclass
@@ -137,7 +99,8 @@ class ConcreteTrace(TorchFunctionMode):
         self._tracked: WeakIdKeyDictionary = WeakIdKeyDictionary()
         named = [*model.named_parameters(), *model.named_buffers()]
         self._names: dict[int, str] = {id(tensor): name for name, tensor in named}
-        self._kept: list[Tensor] = [tensor for _, tensor in named]  # so that no other tensor gets an id in _names
+        # Kept alive, so that no other tensor gets an id that is in _names.
+        self._kept: list[Tensor] = [tensor for _, tensor in named]
         self._constants = 0
         self._inside_leaf = False
 
@@ -145,7 +108,6 @@ class ConcreteTrace(TorchFunctionMode):
         """Run the model on ``value``, with ``twin`` (another batch size) beside it, and complete the graph."""
         name = next(iter(inspect.signature(self.model.forward).parameters), "x")
         placeholder = self.graph.placeholder(name)
-        placeholder.meta["shape"] = value.shape
         self._track(value, placeholder, twin)
         self._input = value
         with self._wrapped_forwards(), torch.no_grad(), self:
@@ -174,7 +136,9 @@ class ConcreteTrace(TorchFunctionMode):
                 else:
                     module.forward = own[name]
 
-    def _call_module(self, name: str, module: nn.Module, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def _call_module(
+        self, name: str, module: nn.Module, forward: Callable[..., Any], /, *args: Any, **kwargs: Any
+    ) -> Any:
         if self._inside_leaf:
             return forward(*args, **kwargs)
         if name in self._leaf_names and self._is_tracked((args, kwargs)):
@@ -205,14 +169,14 @@ class ConcreteTrace(TorchFunctionMode):
         if not self._is_tracked((args, kwargs)):
             with torch.enable_grad():  # a constant computed from trainable parameters is trainable
                 return func(*args, **kwargs)
-        if func.__name__ in _READS_VALUES:
+        if func.__name__ in READS_VALUES:
             raise Refusal(f"{func.__name__}() reads the values of a tensor that depends on the input")
-        if not any(isinstance(leaf, Tensor) for leaf in _leaves((args, kwargs))):
+        if not _tensors((args, kwargs)):
             created = (self._input, func.__name__, *args)
             call = Call("call_function", create_beside, created, kwargs, wrapped=True)
         else:
-            call = self._lifted(func, args, kwargs) or _as_call(func, args, kwargs)
-            if call.op == "call_method" and not any(a in self._tracked for a in _leaves(args) if isinstance(a, Tensor)):
+            call = self._lifted(func, args, kwargs) or as_call(func, args, kwargs)
+            if call.op == "call_method" and not self._is_tracked(_tensors(call.args)):
                 named = (call.args[0], call.target, *call.args[1:])
                 call = Call("call_function", on_constant, named, call.kwargs, wrapped=True)
         return self._record(call, functools.partial(func, *args, **kwargs))
@@ -255,8 +219,6 @@ class ConcreteTrace(TorchFunctionMode):
 
         def node() -> fx.Node:
             made = self.graph.create_node(call.op, call.target, args, kwargs)
-            if isinstance(result, Tensor):
-                made.meta["shape"] = result.shape
             if call.wrapped:
                 made.meta["is_wrapped"] = True  # the generated code marks it as a leaf for the next tracer
             return made
@@ -264,13 +226,13 @@ class ConcreteTrace(TorchFunctionMode):
         if call.assigns:
             self._track(call.args[0], node(), twin)
         elif not _is_tensors(result):
-            return self._number(result, twin, node)
+            return self._number(result, twin, node, str(call.target))
         elif not self._is_same(result, call):
             # An in-place call returns its argument, which from here on stands for the new node.
             self._track(result, node(), twin)
         return result
 
-    def _number(self, value: Any, twin: Any, node: Callable[[], fx.Node]) -> Any:
+    def _number(self, value: Any, twin: Any, node: Callable[[], fx.Node], method: str) -> Any:
         """Return sizes as plain numbers, or as batch-dependent ones where the twin's differ."""
         if isinstance(value, torch.Size):
             if len(value) != len(twin):
@@ -278,12 +240,15 @@ class ConcreteTrace(TorchFunctionMode):
             if value == twin:
                 return value
             whole = node()
-            return torch.Size(
-                [
-                    v if v == t else BatchInt.make(self, self.graph.call_function(operator.getitem, (whole, i)), v, t)
-                    for i, (v, t) in enumerate(zip(value, twin, strict=True))
-                ]
-            )
+            sizes = [
+                v
+                if v == t
+                else BatchInt.make(self, self.graph.call_function(operator.getitem, (whole, i)), v, t)
+                for i, (v, t) in enumerate(zip(value, twin, strict=True))
+            ]
+            return torch.Size(sizes)
+        if method == "__len__" and value != twin:
+            raise Refusal("len() makes a constant of the batch size; take shape[0]")
         if type(value) is int and value != twin:
             return BatchInt.make(self, node(), value, twin)
         if isinstance(value, bool) and value != twin:
@@ -292,6 +257,7 @@ class ConcreteTrace(TorchFunctionMode):
 
     def _track(self, value: Any, node: fx.Node, twin: Any) -> None:
         if isinstance(value, Tensor):
+            node.meta |= {"shape": value.shape, "dtype": value.dtype}
             self._tracked[value] = _Tracked(node, twin, value._version)
         elif isinstance(value, (tuple, list)):
             if len(value) != len(twin):
@@ -343,7 +309,8 @@ class ConcreteTrace(TorchFunctionMode):
             self._kept.append(value)
             self._names[id(value)] = name
             kept = value.detach().clone()
-            self.attributes[name] = nn.Parameter(kept, value.requires_grad) if kept.is_floating_point() else kept
+            is_parameter = kept.is_floating_point()  # torch's own tracer follows parameters only
+            self.attributes[name] = nn.Parameter(kept, value.requires_grad) if is_parameter else kept
         self.attributes.setdefault(name, value)
         return name
 
@@ -355,53 +322,6 @@ def _is_leaf(module: nn.Module) -> bool:
     if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
         return False
     return type(module).__module__.startswith(("torch.nn", "torch.ao.nn"))
-
-
-def _as_call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    """Return the graph's form of a call: operators instead of methods, and no in-place changes."""
-    name = func.__name__
-    if name == "__get__":
-        return Call("call_function", getattr, (args[0], func.__self__.__name__), {})
-    if kwargs.get("out") is not None:
-        raise Refusal(f"{name}(out=...) writes into a given tensor")
-    if name == "__setitem__":
-        return Call("call_function", with_item, args, kwargs, assigns=True, wrapped=True)
-    is_method = getattr(func, "__qualname__", "").split(".")[0] in ("Tensor", "TensorBase")
-    if name.startswith("__i") and name.endswith("__") and name != "__invert__":
-        name = f"__{name[3:]}"
-    elif name.endswith("_") and not name.endswith("__"):
-        name = name[:-1]
-        if not hasattr(torch.Tensor if is_method else torch, name):
-            raise Refusal(f"{name}_() has no form that leaves its argument alone")
-        func = func if is_method else getattr(torch, name)
-    if not is_method:
-        args, kwargs = _without_inplace(func, args, kwargs)
-        return Call("call_function", func, args, kwargs)
-    if not kwargs and name in _OPERATORS and len(args) <= 2:
-        return Call("call_function", _OPERATORS[name], args, {})
-    if not kwargs and name in _REFLECTED:
-        return Call("call_function", _REFLECTED[name], args[::-1], {})
-    return Call("call_method", name, args, kwargs)
-
-
-@functools.cache
-def _signature(func: Callable[..., Any]) -> inspect.Signature | None:
-    try:
-        return inspect.signature(func)
-    except (TypeError, ValueError):
-        return None
-
-
-def _without_inplace(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments with ``inplace`` off."""
-    signature = _signature(func)
-    if signature is None or "inplace" not in signature.parameters:
-        return args, kwargs
-    bound = signature.bind(*args, **kwargs)
-    bound.arguments["inplace"] = False
-    return bound.args, bound.kwargs
 
 
 def _run(op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -419,6 +339,10 @@ def _run(op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 def _plain(value: Any) -> Any:
     return int.__index__(value) if isinstance(value, BatchInt) else value
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in _leaves(value) if isinstance(leaf, Tensor)]
 
 
 def _is_tensors(value: Any) -> bool:

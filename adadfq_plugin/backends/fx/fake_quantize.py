@@ -273,7 +273,10 @@ class LearnedFakeQuantize(FakeQuantizeBase):
 
     def reset(self) -> None:
         """Forgets what was observed."""
-        self.lower, self.upper = torch.full_like(self.lower, torch.inf), torch.full_like(self.upper, -torch.inf)
+        self.lower, self.upper = (
+            torch.full_like(self.lower, torch.inf),
+            torch.full_like(self.upper, -torch.inf),
+        )
         self._sample.clear()
 
     def search(self) -> None:
@@ -290,7 +293,9 @@ class LearnedFakeQuantize(FakeQuantizeBase):
 
     def saturates_early(self) -> bool:
         """Whether the integer type holds levels beyond this quantizer's own."""
-        limits = torch.iinfo({torch.quint8: torch.uint8, torch.qint8: torch.int8}.get(self.dtype, torch.int32))
+        limits = torch.iinfo(
+            {torch.quint8: torch.uint8, torch.qint8: torch.int8}.get(self.dtype, torch.int32)
+        )
         return self.quant_min > limits.min or self.quant_max < limits.max
 
     def extra_repr(self) -> str:

@@ -96,11 +96,15 @@ def fold_batch_norm(model: nn.Module) -> None:
         fuse = fuse_linear_bn_weights if float_class is nn.Linear else fuse_conv_bn_weights
         weight, bias = fuse(module.weight, module.bias, *args)  # type: ignore[arg-type]
         plain = _plain(module, float_class)
-        plain.weight, plain.bias = weight, bias  # type: ignore[assignment]
+        trained = module.weight.requires_grad  # type: ignore[union-attr]
+        plain.weight = nn.Parameter(weight.detach(), requires_grad=trained)  # type: ignore[arg-type]
+        plain.bias = nn.Parameter(bias.detach(), requires_grad=trained)  # type: ignore[arg-type]
         plain.qconfig = module.qconfig  # type: ignore[assignment]
         source = plain
         if type(module) in WITH_RELU:
-            fused = {nn.Conv1d: nni.ConvReLU1d, nn.Conv2d: nni.ConvReLU2d, nn.Conv3d: nni.ConvReLU3d}[float_class]
+            fused = {nn.Conv1d: nni.ConvReLU1d, nn.Conv2d: nni.ConvReLU2d, nn.Conv3d: nni.ConvReLU3d}[
+                float_class
+            ]
             source = fused(plain, nn.ReLU())
             source.qconfig = module.qconfig  # type: ignore[assignment]
         folded = qat_class.from_float(source)  # type: ignore[attr-defined]
@@ -126,6 +130,9 @@ def float_copy(prepared: GraphModule) -> GraphModule:
         if type(module) in WITH_RELU:
             parts.append(nn.ReLU())
         replace_module(model, path, parts[0] if len(parts) == 1 else nn.Sequential(*parts))
-    model.delete_all_unused_submodules()
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if is_quantizer(child):
+                delattr(parent, name)
     model.recompile()
     return model

@@ -14,24 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Call", "Lifted", "lift"]
-
-
-@dataclass(frozen=True)
-class Call:
-    """One node to be: ``op`` and ``target`` as in `torch.fx`, arguments still as values.
-
-    Attributes:
-        assigns: The call stands for an assignment: its first argument is the new value from here on.
-        wrapped: The next tracer must take the call as it is.
-    """
-
-    op: str
-    target: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    assigns: bool = False
-    wrapped: bool = False
+__all__ = ["Lifted", "lift"]
 
 
 @dataclass(frozen=True)
@@ -73,9 +56,23 @@ class Lifted:
         return self.kind, repr(self.settings), tuple(map(id, self.constants.values()))
 
 
+def _convolution_signature(
+    input: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: Any = 1,
+) -> None: ...
+
+
+def _linear_signature(input: Any, weight: Any, bias: Any = None) -> None: ...
+
+
 _SIGNATURES: dict[Any, inspect.Signature] = {
-    F.conv1d: inspect.signature(lambda input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1: None),
-    F.linear: inspect.signature(lambda input, weight, bias=None: None),
+    F.conv1d: inspect.signature(_convolution_signature),
+    F.linear: inspect.signature(_linear_signature),
     F.batch_norm: inspect.signature(F.batch_norm),
     F.layer_norm: inspect.signature(F.layer_norm),
     F.group_norm: inspect.signature(F.group_norm),
@@ -157,7 +154,11 @@ def _linear(func: Any, call: dict[str, Any], owner: nn.Module | None) -> _Descri
 
 def _batch_norm(func: Any, call: dict[str, Any], owner: nn.Module | None) -> _Description | None:
     # Only a true BatchNorm goes on learning statistics in training mode; a frozen one stays the call that it is.
-    if call["training"] or not isinstance(owner, nn.modules.batchnorm._BatchNorm) or owner.running_mean is None:
+    if (
+        not isinstance(owner, nn.modules.batchnorm._BatchNorm)
+        or owner.running_mean is None
+        or call["training"]
+    ):
         return None
     constants = {name: call[name] for name in ("running_mean", "running_var", "weight", "bias")}
     constants["num_batches_tracked"] = owner.num_batches_tracked

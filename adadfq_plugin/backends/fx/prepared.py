@@ -18,13 +18,15 @@ from torch.fx import GraphModule, Node
 
 from adadfq_plugin.backends.fx.fake_quantize import LearnedFakeQuantize
 from adadfq_plugin.backends.fx.folding import float_copy, fold_batch_norm, is_quantizer, replace_module, sites
-from adadfq_plugin.backends.fx.kernels import has_vnni, largest_activation
+from adadfq_plugin.backends.fx.kernels import adds_in_16_bits, has_vnni, largest_weight, using_engine
 from adadfq_plugin.contracts import Phase
 from adadfq_plugin.errors import ModelError
 
-__all__ = ["FXPrepared", "prepared_attributes"]
+__all__ = ["ENGINE", "FXPrepared", "prepared_attributes"]
 
 ATTRIBUTES = "_observed_graph_module_attrs"
+ENGINE = "adadfq_engine"
+"""Key of ``meta`` for the engine that a model was prepared for; without it, torch's current one."""
 INTEGER = (torch.quint8, torch.qint8)
 WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.ConvTranspose1d, nn.ConvTranspose2d)
 
@@ -62,6 +64,7 @@ class FXPrepared:
     def __init__(self, original: GraphModule) -> None:
         self._original = original
         self.notes: list[str] = []
+        self.engine: str = original.meta.get(ENGINE, torch.backends.quantized.engine)
         self.module: GraphModule = copy.deepcopy(original)
         self.trainable = bool(prepared_attributes(original).is_qat)
         fold_batch_norm(self.module)
@@ -111,25 +114,27 @@ class FXPrepared:
                 quantizer.set_levels(quantizer.quant_min, quantizer.boundary_max)
 
     def _fit_kernels(self) -> None:
-        """Fewer activation levels in front of kernels that would overflow on this CPU."""
-        engine, vnni, narrowed = torch.backends.quantized.engine, has_vnni(), 0
+        """Weights of fewer levels where the kernels of this CPU would overflow.
+
+        The weights give way, not the activations: they are per channel, and need no clamp in the kernel.
+        """
+        engine, vnni, narrowed = self.engine, has_vnni(), 0
         for node in self._activation_nodes():
             quantizer = self._quantizer_of(node)
             if quantizer is None or quantizer.dtype != torch.quint8:
                 continue
             for user in node.users:
                 weight = self._weight_quantizer(user)
-                if weight is None:
+                groups = int(getattr(self.module.get_submodule(str(user.target)), "groups", 1)) if weight else 1
+                if weight is None or not adds_in_16_bits(engine, vnni, groups):
                     continue
-                limit = largest_activation(
-                    engine, vnni, smallest_weight=weight.quant_min, largest_weight=weight.quant_max
-                )
-                if quantizer.quant_max > limit:
-                    quantizer.set_levels(quantizer.quant_min, limit)
+                limit = largest_weight(quantizer.quant_max)
+                if max(-weight.quant_min, weight.quant_max) > limit:
+                    weight.set_levels(max(weight.quant_min, -limit), min(weight.quant_max, limit - 1))
                     narrowed += 1
         if narrowed:
             self.notes.append(
-                f"{narrowed} activations take 7 bits: without VNNI the {engine} kernels overflow on 8"
+                f"{narrowed} layers have 7-bit weights: the {engine} kernels of this CPU overflow on 8"
             )
 
     def _mark_averages(self) -> None:
@@ -168,7 +173,9 @@ class FXPrepared:
         observe = phase is Phase.OBSERVE
         quantize = phase in (Phase.TRAIN, Phase.EVALUATE) and self.trainable
         quantizers = [module for module in self.module.modules() if isinstance(module, FakeQuantizeBase)]
-        before = [(module.observer_enabled.clone(), module.fake_quant_enabled.clone()) for module in quantizers]
+        before = [
+            (module.observer_enabled.clone(), module.fake_quant_enabled.clone()) for module in quantizers
+        ]
         modes = [(module, module.training) for module in self.module.modules()]
         self.module.eval()  # BatchNorm is folded or frozen, dropout off
         for module in quantizers:
@@ -198,9 +205,10 @@ class FXPrepared:
                 quantizer.reset()
 
     def weights(self) -> Sequence[nn.Parameter]:
-        """Weights and biases of the network."""
+        """Weights and biases of the network that the user has not frozen."""
         steps = {id(step) for step in self.steps()}
-        return [parameter for parameter in self.module.parameters() if id(parameter) not in steps]
+        parameters = self.module.parameters()
+        return [each for each in parameters if each.requires_grad and id(each) not in steps]
 
     def steps(self) -> Sequence[nn.Parameter]:
         """Logarithms of the step sizes."""
@@ -280,7 +288,8 @@ class FXPrepared:
         inputs = source.all_input_nodes
         shared = self.module.get_submodule(str(node.target))
         return len(inputs) == 1 and all(
-            each.op == "call_module" and self.module.get_submodule(str(each.target)) is shared for each in inputs
+            each.op == "call_module" and self.module.get_submodule(str(each.target)) is shared
+            for each in inputs
         )
 
     def finish(self) -> None:
@@ -308,5 +317,6 @@ class FXPrepared:
     def convert(self) -> nn.Module:
         """The integer network that ``convert_fx`` makes of the calibrated state."""
         self.finish()
-        converted: nn.Module = convert_fx(copy.deepcopy(self.module).eval())
+        with using_engine(self.engine):
+            converted: nn.Module = convert_fx(copy.deepcopy(self.module).eval())
         return converted

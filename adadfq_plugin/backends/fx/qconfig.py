@@ -39,7 +39,9 @@ def qconfig_mapping(scheme: Scheme, *, float_modules: Iterable[str] = ()) -> QCo
         boundary_max=2**scheme.boundary_bits - 1,
     )
     channels = {"dtype": torch.qint8, "qscheme": torch.per_channel_symmetric}
-    weight = LearnedFakeQuantize.with_args(quant_min=lowest, quant_max=2 ** (bits - 1) - 1, ch_axis=0, **channels)
+    weight = LearnedFakeQuantize.with_args(
+        quant_min=lowest, quant_max=2 ** (bits - 1) - 1, ch_axis=0, **channels
+    )
     transposed = LearnedFakeQuantize.with_args(
         quant_min=lowest, quant_max=2 ** (bits - 1) - 1, ch_axis=1, **channels
     )

@@ -11,25 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from adadfq_plugin.backends.fx.concrete import ConcreteTrace, Refusal
+from adadfq_plugin.backends.fx.calls import Refusal
+from adadfq_plugin.backends.fx.concrete import ConcreteTrace
 from adadfq_plugin.backends.fx.padding import fold_padding
 from adadfq_plugin.errors import UntraceableError
 
-__all__ = ["INPUT_SIZE", "traceable"]
+__all__ = ["INPUT_SIZE", "KEPT_ATTRIBUTES", "traceable"]
 
 INPUT_SIZE = "adadfq_input_size"
 """Key of ``GraphModule.meta`` under which `traceable` keeps the input's (channels, height, width)."""
 
-_KEPT_ATTRIBUTES = ("pretrained_cfg", "default_cfg", "num_classes", "num_features")
+KEPT_ATTRIBUTES = ("pretrained_cfg", "default_cfg", "num_classes", "num_features")
+"""Attributes of a timm model that `traceable` keeps where there are any."""
+
 _BATCHES = (2, 3)
 _TOLERANCE = 1e-3  # of the largest output; the rewrite is exact but for the order of sums
-_WAY_OUT = (
-    "Rewrite this module's forward without it, replace the module, or quantize the model through torch.export (PT2E)."
-)
+_WAY_OUT = "Rewrite or replace this module, or quantize the model through torch.export (PT2E)."
 
 
 def traceable(model: nn.Module, input_size: tuple[int, ...] | int, *, check: bool = True) -> fx.GraphModule:
-    """Return an exact rewrite of a model that `prepare_qat_fx` can trace, for one input size.
+    r"""Return an exact rewrite of a model that `prepare_qat_fx` can trace, for one input size.
 
     The model runs once, and what it does with its input becomes the graph. Python control flow takes the path that it
     takes for this input size; the batch size stays free. What does not depend on the input (relative position biases,
@@ -42,7 +43,7 @@ def traceable(model: nn.Module, input_size: tuple[int, ...] | int, *, check: boo
     ``num_classes`` and ``num_features`` are kept.
 
     Args:
-        model: A model that takes one tensor of shape (N, \\*input_size). It is not changed: the result owns copies.
+        model: A model that takes one tensor of shape (N, \*input_size). It is not changed: the result owns copies.
         input_size: Channels, height and width, or the side length of a square image with three channels.
         check: Compare the outputs of model and result, in evaluation mode, on random inputs of two batch sizes,
             and trace the result as torch.ao does.
@@ -81,7 +82,7 @@ def traceable(model: nn.Module, input_size: tuple[int, ...] | int, *, check: boo
             attribute.inplace = False  # the graph names each value, so nothing has to be overwritten
     traced = fx.GraphModule(trace.attributes, trace.graph, type(model).__name__)
     traced.meta[INPUT_SIZE] = size
-    for name in _KEPT_ATTRIBUTES:
+    for name in KEPT_ATTRIBUTES:
         if hasattr(model, name):
             setattr(traced, name, copy.deepcopy(getattr(model, name)))
     if check:
@@ -153,5 +154,7 @@ def _check(traced: fx.GraphModule, samples: list[Tensor], expected: list[Any]) -
 def _tensors(output: Any) -> list[Tensor]:
     if isinstance(output, Tensor):
         return [output]
-    values = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else ()
+    if isinstance(output, dict):
+        output = list(output.values())
+    values = output if isinstance(output, (tuple, list)) else ()
     return [tensor for value in values for tensor in _tensors(value)]

@@ -1,2 +1,249 @@
-def leave_in_float(mapping, traced):
-    return mapping
+"""Which parts of a model torch.ao cannot quantize rightly, found by trying.
+
+torch.ao quantizes some calls that have no integer kernel, and some whose kernel computes something else. A trial
+conversion on random images shows them: each node of the converted model runs on its own, and what raises, mixes
+quantization parameters, or differs from the same layer computed in floating point is left out.
+"""
+
+import contextlib
+import copy
+import operator
+import warnings
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.ao.nn import quantized as nnq
+from torch.ao.quantization import QConfigMapping
+from torch.ao.quantization.quantize_fx import convert_fx, prepare_qat_fx
+from torch.fx.node import _get_qualified_name
+
+from adadfq_plugin.backends.fx.calls import in_float
+from adadfq_plugin.backends.fx.traceable import INPUT_SIZE, KEPT_ATTRIBUTES
+from adadfq_plugin.errors import UntraceableError
+
+__all__ = ["CallSite", "leave_in_float", "unquantizable"]
+
+_MAX_TRIALS = 20
+_MAX_ERROR = 0.5  # relative; rounding to 8 bits is far below it, a wrong kernel far above
+
+_JOINING = (torch.cat, torch.concat, torch.stack)
+_LOWERED: dict[Any, Callable[..., Any]] = {
+    torch.ops.quantized.add: operator.add,
+    torch.ops.quantized.mul: operator.mul,
+    torch.ops.quantized.matmul: torch.matmul,
+}
+
+
+@dataclass(frozen=True)
+class CallSite:
+    """A part of a model that has to stay in floating point.
+
+    Attributes:
+        op: ``"call_module"``, ``"call_function"`` or ``"call_method"``, as in `torch.fx`.
+        target: Qualified name of the module or the function, or the method's name with a dot before it.
+        index: Which of the calls of the function it is, counted along the graph; None means every one.
+        reason: What happened in the trial, in one line.
+    """
+
+    op: str
+    target: str
+    index: int | None
+    reason: str
+
+
+def leave_in_float(
+    traced: fx.GraphModule, mapping: QConfigMapping
+) -> tuple[fx.GraphModule, QConfigMapping, list[CallSite]]:
+    """Return what to prepare instead of ``traced`` and ``mapping``, so that the conversion runs and is right.
+
+    The parts that `unquantizable` finds stay in floating point. A module gets no qconfig, by its name. For a function
+    or a method that would not do: torch.ao lowers what stands between two quantized tensors whatever its qconfig. The
+    call is hidden from torch.ao in a call of `adadfq_plugin.backends.fx.calls.in_float`.
+
+    Args:
+        traced: The result of `traceable`. It is not changed.
+        mapping: The qconfigs. They are not changed.
+
+    Returns:
+        A model with the parameters and buffers of ``traced`` itself, a new mapping, and the parts.
+    """
+    sites = unquantizable(traced, mapping)
+    return *_without(sites, traced, mapping), sites
+
+
+def unquantizable(traced: fx.GraphModule, mapping: QConfigMapping) -> list[CallSite]:
+    """Return the parts of a model that torch.ao would quantize, but whose conversion fails or computes something else.
+
+    The model is prepared, converted and run on a copy, on random images, with the quantized engine that is set
+    (``torch.backends.quantized.engine``); parts that fail are left out, until nothing fails. Four things fail:
+
+    - a call on an integer tensor (indices, masks), which torch.ao takes for a floating-point one;
+    - a call without an integer kernel (bicubic interpolation): all calls of that function or method are left out;
+    - a concatenation of tensors with different quantization parameters, which the integer kernel takes for equal ones:
+      only that call is left out;
+    - a convolution whose integer kernel gives wrong numbers (some grouped ones in oneDNN): that module is left out.
+
+    Args:
+        traced: The result of `traceable`. It is not changed.
+        mapping: The qconfigs that the model will be prepared with. They are not changed.
+
+    Returns:
+        The parts, in the order in which they were found.
+
+    Raises:
+        UntraceableError: The conversion fails in a way that leaving out parts does not cure.
+    """
+    sites = _integer_calls(traced)
+    images = torch.randn(2, *traced.meta[INPUT_SIZE], generator=torch.Generator().manual_seed(0))
+    like = next((p for p in traced.parameters() if p.is_floating_point()), images)
+    for _ in range(_MAX_TRIALS):
+        found = _trial(*_without(sites, traced, mapping), images.to(like))
+        if not found:
+            return sites
+        known = {(site.op, site.target, site.index) for site in sites}
+        again = [site for site in found if (site.op, site.target, site.index) in known]
+        if again:
+            raise UntraceableError(
+                f"{again[0].target} cannot be converted, nor left in floating point: {again[0].reason}"
+            )
+        sites += found
+    raise UntraceableError(f"after {_MAX_TRIALS} trials something still cannot be converted: {sites[-1]}")
+
+
+def _integer_calls(traced: fx.GraphModule) -> list[CallSite]:
+    """Return the calls that take or give integer tensors."""
+    tensors = {**dict(traced.named_parameters()), **dict(traced.named_buffers())}
+
+    def is_integer(node: Any) -> bool:
+        if not isinstance(node, fx.Node):
+            return False
+        dtype = tensors[str(node.target)].dtype if node.op == "get_attr" else node.meta.get("dtype")
+        return dtype is not None and not (dtype.is_floating_point or dtype.is_complex)
+
+    sites: list[CallSite] = []
+    calls: dict[str, int] = defaultdict(int)
+    for node in traced.graph.nodes:
+        name = _name(node)
+        index, calls[name] = calls[name], calls[name] + 1
+        if node.op in ("call_function", "call_method") and any(map(is_integer, [node, *node.args])):
+            sites.append(CallSite(node.op, name, index, "works on integers"))
+    return sites
+
+
+def _without(
+    sites: list[CallSite], traced: fx.GraphModule, mapping: QConfigMapping
+) -> tuple[fx.GraphModule, QConfigMapping]:
+    mapping = copy.deepcopy(mapping)
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(traced.graph, {}))
+    result = fx.GraphModule(traced, graph, type(traced).__name__)
+    result.meta.update(traced.meta)
+    for name in KEPT_ATTRIBUTES:
+        if hasattr(traced, name):
+            setattr(result, name, getattr(traced, name))
+    for site in sites:
+        if site.op == "call_module":
+            mapping.set_module_name(site.target, None)
+    hidden = {(site.op, site.target, site.index) for site in sites}
+    calls: dict[str, int] = defaultdict(int)
+    for node in graph.nodes:
+        target = _name(node)
+        index, calls[target] = calls[target], calls[target] + 1
+        if node.op != "call_module" and {(node.op, target, None), (node.op, target, index)} & hidden:
+            node.op, node.target, node.args = "call_function", in_float, (target, *node.args)
+            node.meta["is_wrapped"] = True
+    result.recompile()
+    return result, mapping
+
+
+def _name(node: fx.Node) -> str:
+    """Return what a node calls, by a name that hiding it in `in_float` does not change."""
+    if node.target is in_float:
+        return str(node.args[0])
+    if node.op == "call_function":
+        return _get_qualified_name(_LOWERED.get(node.target, node.target))
+    return f".{node.target}" if node.op == "call_method" else str(node.target)
+
+
+def _trial(traced: fx.GraphModule, mapping: QConfigMapping, images: Tensor) -> list[CallSite]:
+    """Convert a copy of the model and return what fails in it, up to the first exception."""
+    model = copy.deepcopy(traced).train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
+            with torch.no_grad():  # QAT divides by the weight
+                module.weight[module.weight == 0] = 1.0
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        prepared = prepare_qat_fx(model, mapping, (images,)).eval()
+        prepared(images)
+        trial = _Trial(convert_fx(prepared))
+        with contextlib.suppress(_Stopped):
+            trial.run_nodes(images)
+    return trial.sites
+
+
+class _Stopped(Exception):
+    """The trial cannot go on behind a call that has raised."""
+
+
+class _Trial(fx.Interpreter):
+    """Run a converted model node by node and collect what fails."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.sites: list[CallSite] = []
+        self._calls: dict[str, int] = defaultdict(int)
+
+    def run_nodes(self, images: Tensor) -> None:
+        """Run all nodes. `fx.Interpreter.run` would start the thread of a progress bar."""
+        self.args_iter = iter([images])
+        for node in self.graph.nodes:
+            self.env[node] = self.run_node(node)
+            for unused in self.user_to_last_uses.get(node, []):
+                del self.env[unused]
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node; see the class."""
+        target = _name(n)
+        index, self._calls[target] = self._calls[target], self._calls[target] + 1
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        if n.target in _JOINING and not _shares_parameters(args[0] if args else kwargs["tensors"]):
+            self._add(n, index, "joins tensors with different quantization parameters")
+        try:
+            result = super().run_node(n)
+        except Exception as error:
+            message = str(error).splitlines()[0].split(". This could")[0]
+            self._add(n, None, f"{type(error).__name__}: {message}")
+            raise _Stopped from error
+        if n.op == "call_module":
+            distance = _kernel_error(self.module.get_submodule(str(n.target)), args[0], result)
+            if distance > _MAX_ERROR:
+                self._add(n, None, f"the integer kernel is wrong: relative error {distance:.1f}")
+        return result
+
+    def _add(self, node: fx.Node, index: int | None, reason: str) -> None:
+        self.sites.append(CallSite(node.op, _name(node), index, reason))
+
+
+def _shares_parameters(tensors: Any) -> bool:
+    quantized = [tensor for tensor in tensors if tensor.is_quantized]
+    return len({(tensor.q_scale(), tensor.q_zero_point()) for tensor in quantized}) <= 1
+
+
+def _kernel_error(module: nn.Module, value: Any, result: Any) -> float:
+    """Return by how much an integer convolution differs from the same one on the dequantized numbers."""
+    if not isinstance(module, nnq.Conv2d) or not (isinstance(result, Tensor) and result.is_quantized):
+        return 0.0
+    weight, bias = module.weight().dequantize(), module.bias()
+    geometry = (module.stride, module.padding, module.dilation, module.groups)
+    exact = nn.functional.conv2d(value.dequantize(), weight, bias, *geometry)
+    limits = torch.iinfo(torch.uint8)
+    bounds = (torch.tensor([limits.min, limits.max]) - result.q_zero_point()) * result.q_scale()
+    if type(module) is not nnq.Conv2d:  # fused with a ReLU
+        bounds[0] = max(float(bounds[0]), 0.0)
+    exact = exact.clamp(*bounds.tolist())
+    return float((result.dequantize() - exact).norm() / exact.norm().clamp(min=1e-12))

@@ -1,4 +1,4 @@
-"""A calibration method of a third party: activation ranges from images of uniform noise."""
+"""A calibration method of a third party: ranges from images of uniform noise."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,9 +6,8 @@ from typing import Any
 import torch
 
 from adadfq_plugin.config import Settings
-from adadfq_plugin.contracts import Outcome, Phase, Progress, Task
+from adadfq_plugin.contracts import Outcome, Phase, Task
 from adadfq_plugin.dataset import SyntheticDataset
-from adadfq_plugin.teacher import Teacher
 
 
 class UniformNoise:
@@ -16,25 +15,19 @@ class UniformNoise:
 
     name = "uniform_noise"
     summary = "ranges from images of uniform noise, nothing is trained"
-    settings: type[Settings] = Settings
+    settings = Settings
     presets: Mapping[str, Mapping[str, Any]] = {"quick": {"range_samples": 16}}
-
-    def synthesize(
-        self, teacher: Teacher, settings: Settings, count: int, *, seed: int, progress: Progress
-    ) -> SyntheticDataset:
-        """Images of noise, labelled by the teacher."""
-        pixels = torch.rand(count, *teacher.facts.input_size, generator=torch.Generator().manual_seed(seed))
-        images = teacher.facts.normalize(pixels)
-        with torch.no_grad():
-            labels = teacher(images).argmax(dim=1)
-        progress("synthesize", 1, 1, {})
-        return SyntheticDataset(images, labels, teacher.facts, {"method": self.name, "seed": seed})
 
     def calibrate(self, task: Task) -> Outcome:
         """Shows the images to the observers."""
-        count = task.settings.range_samples
-        samples = self.synthesize(task.teacher, task.settings, count, seed=task.seed, progress=task.progress)
-        with task.prepared.phase(Phase.OBSERVE), torch.no_grad():
-            task.prepared.module(samples.images())
-        task.prepared.set_ranges()
+        facts, count = task.teacher.facts, task.settings.range_samples
+        rng = torch.Generator().manual_seed(task.seed)
+        pixels = torch.rand(count, *facts.input_size, generator=rng)
+        images = facts.normalize(pixels).to(task.device)
+        with torch.no_grad(), task.prepared.phase(Phase.OBSERVE):
+            task.prepared.module(images)
+            labels = task.teacher(images).argmax(dim=1)
+        task.prepared.set_ranges(task.settings.ranges)
+        task.progress("ranges", count, count, {})
+        samples = SyntheticDataset(images, labels, facts, {"method": self.name, "seed": task.seed})
         return Outcome(samples, notes=[f"ranges seen on {count} images of uniform noise"])

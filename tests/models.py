@@ -1,0 +1,82 @@
+"""Small networks for the tests, with BatchNorm statistics of their own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from adadfq_plugin.backends.fx import qconfig_mapping
+from adadfq_plugin.config import Scheme
+
+SIZE = (3, 16, 16)
+CLASSES = 5
+
+
+class Residual(nn.Module):
+    """Convolution, residual addition, strided convolution, pooling: each kind of activation once."""
+
+    def __init__(self, width: int = 8, classes: int = CLASSES) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(2 * width)
+        self.relu = nn.ReLU()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.linear = nn.Linear(2 * width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.relu(self.bn2(self.conv2(x)) + x)
+        x = self.relu(self.bn3(self.conv3(x)))
+        return self.linear(self.pool(x).flatten(1))
+
+
+def trained(width: int = 8, classes: int = CLASSES, seed: int = 0) -> nn.Module:
+    """A network whose BatchNorm layers have seen data; eval mode. Needs the ``seeded`` fixture."""
+    torch.manual_seed(seed)
+    model = Residual(width, classes)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.uniform_(-0.5, 0.5)
+        model.linear.weight.mul_(4)
+        model.train()
+        for _ in range(20):
+            model(images(32))
+    return model.eval()
+
+
+def images(count: int) -> Tensor:
+    """Smooth random images."""
+    return nn.functional.interpolate(torch.randn(count, 3, 4, 4), size=SIZE[1:], mode="bilinear")
+
+
+def prepared(bits: int = 8, model: nn.Module | None = None) -> GraphModule:
+    """A model of ``prepare_qat_fx`` at WxAx."""
+    from torch.ao.quantization.quantize_fx import prepare_qat_fx
+
+    scheme = Scheme(weight_bits=bits, activation_bits=bits)
+    model = trained() if model is None else model
+    return prepare_qat_fx(model.train(), qconfig_mapping(scheme), (torch.zeros(2, *SIZE),))
+
+
+def state(model: nn.Module) -> dict[str, object]:
+    """Everything that must come back: tensors, modes and gradient flags."""
+    tensors = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = {name: module.training for name, module in model.named_modules()}
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    kinds = {name: type(module) for name, module in model.named_modules()}
+    return {"tensors": tensors, "modes": modes, "flags": flags, "kinds": kinds}
+
+
+def same(before: dict[str, object], after: dict[str, object]) -> bool:
+    """Whether two states are equal bit for bit and flag for flag."""
+    old, new = before["tensors"], after["tensors"]
+    assert isinstance(old, dict) and isinstance(new, dict)
+    tensors = old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
+    return tensors and all(before[kind] == after[kind] for kind in ("modes", "flags", "kinds"))

@@ -1,0 +1,321 @@
+"""calibrate, quantize, evaluate: in place, repeatable, and harmless when anything fails."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import models
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.ao.quantization import get_default_qconfig_mapping
+from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+
+import adadfq_plugin
+from adadfq_plugin.config import AdaDFQSettings, Settings
+from adadfq_plugin.contracts import Method
+from adadfq_plugin.errors import AdaDFQError, ModelError, SettingsError, UnknownNameError
+
+pytestmark = pytest.mark.usefixtures("seeded")
+QUICK: dict[str, Any] = {
+    "samples": 24, "batch_size": 8, "steps": 6, "range_samples": 16,
+}  # fmt: skip
+QUICK_G: dict[str, Any] = {**QUICK, "warmup_steps": 6, "latent_dim": 8, "generator_width": 16}
+TOLD: dict[str, Any] = {"input_size": 16, "mean": (0.5,) * 3, "std": (0.25,) * 3}
+
+
+def quick(method: str) -> dict[str, Any]:
+    return QUICK if method == "noise" else QUICK_G
+
+
+@pytest.mark.parametrize("method", ["adadfq", "bn_stats", "noise"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_three_lines(method: str, bits: int) -> None:
+    prepared = models.prepared(bits)
+    result = adadfq_plugin.calibrate(prepared, method=method, settings=quick(method), **TOLD)
+    quantized = convert_fx(prepared.eval())
+    batch = models.images(64)
+    with torch.no_grad():
+        fake, integer = prepared(batch), quantized(batch)
+    assert (fake.argmax(1) == integer.argmax(1)).float().mean() >= 0.98
+    assert result.prepared is prepared
+    assert (result.method, result.backend, result.seed) == (method, "fx", 0)
+    assert len(result.samples) == 24
+    assert result.information.shape == (24,)
+    assert ((result.information >= -1e-6) & (result.information <= 1 + 1e-6)).all()
+    assert 0 <= result.agreement <= 1
+    expected = ("game",) if method == "noise" else ("warmup", "game")
+    assert result.history.phases() == expected
+    assert not result.warnings
+    assert isinstance(adadfq_plugin.methods().get(method), Method)
+
+
+def test_adadfq_plays_and_its_baseline_does_not() -> None:
+    played = adadfq_plugin.calibrate(models.prepared(4), settings=QUICK_G, **TOLD)
+    alone = adadfq_plugin.calibrate(models.prepared(4), method="bn_stats", settings=QUICK_G, **TOLD)
+    assert set(played.history.figures("game")) >= {"margin", "balance", "prior", "information", "loss"}
+    assert alone.history.figures("game") == ("loss",)
+
+
+def test_the_teacher_comes_back_as_it_was() -> None:
+    teacher = models.trained()
+    teacher.conv1.weight.requires_grad_(False)  # type: ignore[union-attr]
+    teacher.train()
+    teacher.bn1.eval()  # type: ignore[union-attr]
+    before = models.state(teacher)
+    adadfq_plugin.calibrate(models.prepared(4), teacher=teacher, settings=QUICK_G, **TOLD)
+    assert models.same(before, models.state(teacher))
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in teacher.modules())
+
+
+def test_modes_and_frozen_weights_of_the_prepared_model_are_kept() -> None:
+    prepared = models.prepared(8)
+    prepared.train()
+    adadfq_plugin.calibrate(prepared, settings=QUICK_G, **TOLD)
+    assert prepared.training and prepared.conv1.training
+    frozen = models.prepared(8)
+    frozen.linear.weight.requires_grad_(False)
+    before = frozen.linear.weight.clone()
+    adadfq_plugin.calibrate(frozen, settings=QUICK_G, **TOLD)
+    limit = before.abs().amax() / 100  # the weights may be clipped to their last level
+    assert (frozen.linear.weight - before).abs().max() <= limit
+
+
+def test_guesses_are_named_in_one_warning() -> None:
+    with pytest.warns(UserWarning, match="input_size = .*guess.*mean.*guess") as caught:
+        result = adadfq_plugin.calibrate(models.prepared(), settings={**QUICK_G, "steps": 0})
+    assert len(caught) == 1
+    assert set(result.facts.guesses) == {"input_size", "mean", "std"}
+    assert "not told" in result.warnings[0]
+
+
+def test_what_timm_left_is_used() -> None:
+    prepared = models.prepared()
+    prepared.pretrained_cfg = {"input_size": (3, 16, 16), "mean": (0.1, 0.2, 0.3), "std": (0.3, 0.2, 0.1)}
+    result = adadfq_plugin.calibrate(prepared, settings={**QUICK_G, "steps": 0})
+    assert result.facts.input_size == (3, 16, 16)
+    assert result.facts.mean == (0.1, 0.2, 0.3)
+    assert set(result.facts.sources.values()) == {"timm", "model"}
+
+
+def test_example_inputs_tell_the_size() -> None:
+    arguments = {**TOLD, "input_size": None, "example_inputs": (torch.zeros(1, 3, 24, 24),)}
+    result = adadfq_plugin.calibrate(models.prepared(), settings={**QUICK_G, "steps": 0}, **arguments)
+    assert result.samples.images(0, 2).shape == (2, 3, 24, 24)
+
+
+def test_prepare_fx_models_are_observed_not_trained() -> None:
+    example = (torch.zeros(2, *models.SIZE),)
+    prepared = prepare_fx(models.trained(), get_default_qconfig_mapping("x86"), example)
+    result = adadfq_plugin.calibrate(prepared, teacher=models.trained(), settings=QUICK_G, **TOLD)
+    assert any("not trained" in note for note in result.notes)
+    batch = models.images(32)
+    expected = models.trained()(batch)
+    assert (convert_fx(prepared)(batch) - expected).abs().mean() < expected.std()
+
+
+def test_steps_zero_sets_ranges_only() -> None:
+    prepared = models.prepared(8)
+    result = adadfq_plugin.calibrate(prepared, settings={**QUICK_G, "steps": 0}, **TOLD)
+    assert "game" not in result.history.phases()
+    assert any("not trained" in note for note in result.notes)
+
+
+def test_progress_sees_every_step() -> None:
+    calls: list[tuple[str, int, int]] = []
+
+    def progress(phase: str, step: int, total: int, _figures: Mapping[str, float]) -> None:
+        calls.append((phase, step, total))
+
+    adadfq_plugin.calibrate(models.prepared(), settings=QUICK_G, progress=progress, **TOLD)
+    assert [call for call in calls if call[0] == "game"] == [("game", step, 6) for step in range(1, 7)]
+    assert list(dict.fromkeys(call[0] for call in calls)) == ["warmup", "samples", "ranges", "game"]
+
+
+def test_minutes_bound_the_run() -> None:
+    settings = {**QUICK_G, "warmup_steps": 10_000, "steps": 10_000}
+    result = adadfq_plugin.calibrate(models.prepared(), settings=settings, minutes=0.03, **TOLD)
+    assert 0.5 < sum(result.seconds.values()) < 6
+    assert len(result.history.column("game", "loss")[0]) >= 3
+
+
+@pytest.mark.parametrize("preset", ["paper_cifar", "paper_resnet18", "paper_mobilenetv2", "paper_resnet50"])
+def test_presets_of_the_paper_run(preset: str) -> None:
+    changes = {**QUICK_G, "temperature": 3.0}
+    result = adadfq_plugin.calibrate(models.prepared(4), preset=preset, settings=changes, **TOLD)
+    assert isinstance(result.settings, AdaDFQSettings)
+    assert result.settings.loss == "information" and not result.settings.replay
+    assert result.settings.temperature == 3.0
+    assert all("margin" in row for row in result.history.rows if row["phase"] == "game")
+
+
+SCRIPT = """
+import hashlib, sys, torch, warnings
+warnings.simplefilter("ignore")
+sys.path.insert(0, sys.argv[1])
+torch.set_num_threads(1)
+import models, adadfq_plugin
+torch.manual_seed(5)
+prepared = models.prepared(4)
+settings = dict(samples=24, batch_size=8, steps=6, range_samples=16, warmup_steps=6, latent_dim=8,
+                generator_width=16)
+result = adadfq_plugin.calibrate(prepared, settings=settings, input_size=16, mean=(0.5,) * 3, std=(0.25,) * 3,
+                                 seed=int(sys.argv[2]))
+digest = hashlib.sha256(result.samples.images().numpy().tobytes())
+for name, value in sorted(prepared.state_dict().items()):
+    digest.update(name.encode() + value.numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+def test_the_seed_decides_everything_in_any_process() -> None:
+    here = str(Path(__file__).parent)
+
+    def digest(seed: int) -> str:
+        command = [sys.executable, "-c", SCRIPT, here, str(seed)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    assert digest(1) == digest(1)
+    assert digest(1) != digest(2)
+
+
+def test_global_random_state_is_untouched() -> None:
+    torch.manual_seed(3)
+    prepared = models.prepared()
+    before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[index,union-attr]
+    adadfq_plugin.calibrate(prepared, settings=QUICK_G, **TOLD)
+    assert torch.equal(before, torch.get_rng_state())
+    assert (numpy_before == np.random.get_state()[1]).all()  # type: ignore[index]
+
+
+def bad(
+    changes: dict[str, Any], error: type[AdaDFQError], words: str, model: nn.Module | None = None
+) -> None:
+    """The call is refused with the words, and the prepared model stays as it was."""
+    prepared = models.prepared(4) if model is None else model
+    before = models.state(prepared)
+    with pytest.raises(error, match=words):
+        adadfq_plugin.calibrate(prepared, **{**TOLD, "settings": QUICK_G, **changes})
+    assert models.same(before, models.state(prepared))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"method": "adadqf"}, UnknownNameError, "'adadqf'.*adadfq"),
+        ({"preset": "paper_cifr"}, UnknownNameError, "'paper_cifr', did you mean 'paper_cifar'"),
+        ({"settings": {"gama": 1.0}}, UnknownNameError, "'gama', did you mean 'gamma'"),
+        ({"settings": {"gamma": -1.0}}, SettingsError, "gamma = -1.0"),
+        ({"settings": {"lambda_l": 0.9}}, SettingsError, "lambda_l.*below lambda_u"),
+        ({"settings": Settings()}, SettingsError, "AdaDFQSettings, not Settings"),
+        ({"settings": AdaDFQSettings(), "preset": "paper_cifar"}, SettingsError, "mapping of changes"),
+        ({"minutes": 0}, SettingsError, "minutes = 0"),
+        ({"backend": "fxx"}, UnknownNameError, "'fxx'.*fx"),
+        ({"input_size": (3, 2)}, ModelError, "BatchNorm|does not take|size"),
+        ({"input_size": (1, 16, 16)}, ModelError, r"does not take images of size \(1, 16, 16\)"),
+        ({"input_size": "big"}, ModelError, "input_size 'big'"),
+        ({"num_classes": 7}, ModelError, "num_classes=7, but the model's output has 5"),
+        ({"mean": (0.5,)}, ModelError, "mean has 1 values for 3 channels"),
+        ({"std": (0.0, 0.1, 0.1)}, ModelError, "must be positive"),
+    ],
+)  # fmt: skip
+def test_bad_arguments(changes: dict[str, Any], error: type[AdaDFQError], words: str) -> None:
+    if changes.get("input_size") == (3, 2):
+        changes = {"input_size": (3, 0, 2)}
+    bad(changes, error, words)
+
+
+def test_not_prepared_and_already_converted() -> None:
+    bad({}, ModelError, "Residual is not prepared: call prepare_qat_fx", models.trained())
+    prepared = models.prepared()
+    adadfq_plugin.calibrate(prepared, settings=QUICK_G, **TOLD)
+    converted = convert_fx(prepared.eval())
+    with pytest.raises(ModelError, match="already converted"):
+        adadfq_plugin.calibrate(converted, **TOLD)
+
+
+def test_no_usable_prior() -> None:
+    example = (torch.zeros(2, *models.SIZE),)
+    folded = prepare_fx(models.trained(), get_default_qconfig_mapping("x86"), example)
+    bad({}, ModelError, "no BatchNorm.*teacher=", folded)
+    fresh = models.prepared(8, models.Residual())
+    bad({}, ModelError, "never trained", fresh)
+
+
+def test_one_class_and_nan_weights() -> None:
+    bad({}, ModelError, "one class", models.prepared(8, models.trained(classes=1)))
+    broken = models.trained()
+    with torch.no_grad():
+        broken.conv2.weight[0, 0, 0, 0] = torch.nan  # type: ignore[union-attr,index]
+    prepared = models.prepared(8)
+    before = models.state(prepared)
+    with pytest.raises(ModelError, match=r"'conv2\.weight' holds NaN"):
+        adadfq_plugin.calibrate(prepared, teacher=broken, settings=QUICK_G, **TOLD)
+    assert models.same(before, models.state(prepared))
+
+
+@pytest.mark.parametrize("phase", ["warmup", "samples", "ranges", "game"])
+def test_an_interrupt_leaves_everything_as_it_was(phase: str) -> None:
+    prepared, teacher = models.prepared(4), models.trained()
+    before, before_teacher = models.state(prepared), models.state(teacher)
+    rng = torch.get_rng_state()
+
+    def interrupt(current: str, step: int, _total: int, _figures: Mapping[str, float]) -> None:
+        if current == phase and step >= 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        adadfq_plugin.calibrate(prepared, teacher=teacher, settings=QUICK_G, progress=interrupt, **TOLD)
+    assert models.same(before, models.state(prepared))
+    assert models.same(before_teacher, models.state(teacher))
+    assert torch.equal(rng, torch.get_rng_state())
+    assert not any(module._forward_pre_hooks for module in teacher.modules())
+
+
+def test_quantize_goes_the_whole_way() -> None:
+    model = models.trained()
+    before = models.state(model)
+    scheme = {"weight_bits": 4, "activation_bits": 8}
+    result = adadfq_plugin.quantize(model, scheme=scheme, settings=QUICK_G, **TOLD)
+    assert models.same(before, models.state(model))
+    assert result.quantized is not None and result.scheme is not None
+    assert result.scheme.weight_bits == 4
+    batch = models.images(16)
+    with torch.no_grad():
+        assert (result.prepared.eval()(batch) - result.quantized(batch)).abs().mean() < 0.1
+    with pytest.raises(UnknownNameError, match="weight_bit'"):
+        adadfq_plugin.quantize(model, scheme={"weight_bit": 4}, **TOLD)
+    with pytest.raises(SettingsError, match="weight_bits = 9"):
+        adadfq_plugin.quantize(model, scheme={"weight_bits": 9}, **TOLD)
+
+
+def test_synthesize_gives_as_many_as_asked() -> None:
+    settings = {key: value for key, value in QUICK_G.items() if key != "samples"}
+    samples = adadfq_plugin.synthesize(models.trained(), 11, settings=settings, **TOLD)
+    assert len(samples) == 11
+    digest = hashlib.sha256(samples.images().numpy().tobytes()).hexdigest()
+    again = adadfq_plugin.synthesize(models.trained(), 11, settings=settings, **TOLD)
+    assert digest == hashlib.sha256(again.images().numpy().tobytes()).hexdigest()
+    with pytest.raises(SettingsError, match="count = 0"):
+        adadfq_plugin.synthesize(models.trained(), 0, **TOLD)
+
+
+def test_evaluate_counts() -> None:
+    model = models.trained().train()
+    batch = models.images(10)
+    labels = model.eval()(batch).argmax(1)
+    labels[:3] = (labels[:3] + 1) % models.CLASSES
+    model.train()
+    seen: list[int] = []
+    result = adadfq_plugin.evaluate(model, [(batch, labels)], progress=seen.append)
+    assert (result.top1, result.count) == (0.7, 10)
+    assert seen == [10]
+    assert model.training
+    with pytest.raises(SettingsError, match="no images"):
+        adadfq_plugin.evaluate(model, [])

@@ -1,0 +1,307 @@
+"""The FX backend: what is calibrated is what torch.ao's own convert gives."""
+
+from __future__ import annotations
+
+import copy
+
+import models
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.ao.quantization import (
+    QConfig,
+    QConfigMapping,
+    get_default_qat_qconfig_mapping,
+    get_default_qconfig_mapping,
+)
+from torch.ao.quantization.fake_quantize import FakeQuantize
+from torch.ao.quantization.observer import MinMaxObserver, PerChannelMinMaxObserver
+from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx, prepare_qat_fx
+
+from adadfq_plugin.backends.fx import FXBackend, best_engine, using_engine
+from adadfq_plugin.backends.fx import kernels as kernels_module
+from adadfq_plugin.backends.fx import prepared as prepared_module
+from adadfq_plugin.backends.fx.fake_quantize import LearnedFakeQuantize
+from adadfq_plugin.backends.fx.kernels import largest_weight
+from adadfq_plugin.backends.fx.folding import float_copy, fold_batch_norm
+from adadfq_plugin.contracts import Backend, Phase, Prepared
+from adadfq_plugin.errors import DataError, ModelError, SettingsError
+
+pytestmark = pytest.mark.usefixtures("seeded")
+EXAMPLE = (torch.zeros(2, *models.SIZE),)
+
+
+def users_mapping(bits: int, observers: bool = False) -> QConfigMapping:
+    """A user's own QConfig with torch.ao's classes."""
+    act = {
+        "quant_min": 0,
+        "quant_max": 2**bits - 1,
+        "dtype": torch.quint8,
+        "qscheme": torch.per_tensor_affine,
+    }
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    weight = {
+        "quant_min": low, "quant_max": high, "dtype": torch.qint8, "qscheme": torch.per_channel_symmetric
+    }  # fmt: skip
+    if observers:
+        pair = MinMaxObserver.with_args(**act), PerChannelMinMaxObserver.with_args(**weight)
+    else:
+        pair = (
+            FakeQuantize.with_args(observer=MinMaxObserver, **act),
+            FakeQuantize.with_args(observer=PerChannelMinMaxObserver, **weight),
+        )
+    return QConfigMapping().set_global(QConfig(*pair))
+
+
+def observed(opened: Prepared, batch: Tensor) -> None:
+    with torch.no_grad(), opened.phase(Phase.OBSERVE):
+        opened.module(batch)
+    opened.set_ranges()
+
+
+def test_it_is_a_backend() -> None:
+    assert isinstance(FXBackend(), Backend)
+    assert isinstance(FXBackend().open(models.prepared()), Prepared)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("mapping", ["ours", "users", "default"])
+def test_convert_gives_what_was_calibrated(bits: int, mapping: str) -> None:
+    if mapping == "default" and bits != 8:
+        pytest.skip("torch.ao's default mapping has 8 bits")
+    if mapping == "ours":
+        prepared = models.prepared(bits)
+    else:
+        chosen = users_mapping(bits) if mapping == "users" else get_default_qat_qconfig_mapping("x86")
+        prepared = prepare_qat_fx(models.trained().train(), chosen, EXAMPLE)
+    batch = models.images(128)
+    opened = FXBackend().open(prepared)
+    observed(opened, batch)
+    with torch.no_grad(), opened.phase(Phase.EVALUATE):
+        calibrated = opened.module(batch)
+    opened.commit()
+    with torch.no_grad():
+        fake = prepared.eval()(batch)
+        converted = convert_fx(copy.deepcopy(prepared))(batch)
+    assert torch.equal(calibrated, fake)
+    assert (fake - converted).abs().mean() <= 0.05 * fake.std()
+    assert (fake.argmax(1) == converted.argmax(1)).float().mean() >= 0.98
+    assert fake.std() > 0
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_hidden_activations_have_two_to_the_bits_levels(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = models.prepared(bits)
+    opened = FXBackend().open(prepared)
+    observed(opened, models.images(64))
+    opened.commit()
+    converted = convert_fx(prepared.eval())
+    seen: dict[str, int] = {}
+    monkeypatch.setattr("tqdm.tqdm.monitor_interval", 0)  # the interpreter's progress bar starts a thread
+
+    class Levels(torch.fx.Interpreter):
+        def run_node(self, n: torch.fx.Node) -> object:
+            value = super().run_node(n)
+            if isinstance(value, Tensor) and value.is_quantized and n.target is torch.clamp:
+                seen[n.name] = int(value.int_repr().max())
+            return value
+
+    Levels(converted).run(models.images(64) * 3)
+    if bits == 8:
+        assert not seen
+    else:
+        assert seen and max(seen.values()) == 2**bits - 1
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_observers_of_prepare_fx_keep_their_levels(bits: int) -> None:
+    prepared = prepare_fx(models.trained(), users_mapping(bits, observers=True), EXAMPLE)
+    opened = FXBackend().open(prepared)
+    assert not opened.trainable
+    batch = models.images(128)
+    observed(opened, batch)
+    opened.commit()
+    converted = convert_fx(prepared.eval())(batch)
+    # the same observers as fake quantizers are the reference
+    twin = prepare_qat_fx(models.trained().train(), users_mapping(bits), EXAMPLE)
+    fold_batch_norm(twin)
+    with torch.no_grad():
+        twin.eval().apply(torch.ao.quantization.disable_fake_quant)(batch)
+        reference = twin.apply(torch.ao.quantization.enable_fake_quant)(batch)
+    assert (converted - reference).abs().mean() <= 0.12 * reference.std()
+
+
+def test_channels_with_gamma_zero_convert() -> None:
+    model = models.trained()
+    with torch.no_grad():
+        model.bn2.weight[:3] = 0  # type: ignore[union-attr,index]
+        model.bn3.weight.zero_()  # type: ignore[union-attr,operator]
+    expected = model(batch := models.images(32))
+    prepared = models.prepared(8, model)
+    opened = FXBackend().open(prepared)
+    observed(opened, batch)
+    opened.commit()
+    converted = convert_fx(prepared.eval())(batch)
+    assert torch.isfinite(converted).all()
+    assert (converted - expected).abs().mean() < 0.1 * expected.std() + 0.02
+
+
+def test_folding_and_the_way_back_are_exact() -> None:
+    model = models.trained()
+    batch = models.images(8)
+    expected = model(batch)
+    prepared = models.prepared(8, model)
+    before = models.state(prepared)
+    with torch.no_grad():
+        assert torch.allclose(float_copy(prepared).eval()(batch), expected, atol=1e-5)
+        folded = copy.deepcopy(prepared)
+        fold_batch_norm(folded)
+        folded.apply(torch.ao.quantization.disable_fake_quant).apply(torch.ao.quantization.disable_observer)
+        assert torch.allclose(folded.eval()(batch), expected, atol=1e-4)
+    assert any(isinstance(module, nn.BatchNorm2d) for module in float_copy(prepared).modules())
+    assert models.same(before, models.state(prepared))
+
+
+def test_the_original_is_touched_by_commit_alone() -> None:
+    prepared = models.prepared(4)
+    before = models.state(prepared)
+    opened = FXBackend().open(prepared)
+    observed(opened, models.images(16))
+    opened.convert()
+    assert models.same(before, models.state(prepared))
+    opened.commit()
+    assert not models.same(before, models.state(prepared))
+
+
+def test_phases_restore_switches_also_after_an_exception() -> None:
+    opened = FXBackend().open(models.prepared(4))
+    before = models.state(opened.module)
+    with pytest.raises(KeyError), opened.phase(Phase.EVALUATE):
+        assert not opened.module.training
+        with opened.phase(Phase.FLOAT):
+            raise KeyError
+    assert models.same(before, models.state(opened.module))
+
+
+def test_phases_do_what_they_say() -> None:
+    opened = FXBackend().open(models.prepared(3))
+    batch = models.images(8)
+    with torch.no_grad():
+        with opened.phase(Phase.FLOAT):
+            exact = opened.module(batch)
+        with opened.phase(Phase.OBSERVE):
+            assert torch.equal(opened.module(batch), exact)
+        opened.set_ranges()
+        with opened.phase(Phase.EVALUATE):
+            assert not torch.allclose(opened.module(batch), exact, atol=1e-3)
+    for step in opened.steps():
+        step.requires_grad_(True)
+    with opened.phase(Phase.TRAIN):
+        opened.module(batch).square().mean().backward()
+    assert all(step.grad is not None for step in opened.steps()[:3])
+    assert all(weight.grad is not None for weight in opened.weights())
+
+
+def test_boundary_takes_eight_bits() -> None:
+    opened = FXBackend().open(models.prepared(4))
+    levels = [
+        module.quant_max for module in opened.module.modules() if isinstance(module, LearnedFakeQuantize)
+    ]
+    assert levels.count(255) == 2  # input and logits
+    assert levels.count(15) > 2
+    assert opened.lowest_bits == 4
+
+
+def weight_levels(bits: int) -> tuple[set[int], list[str]]:
+    opened = FXBackend().open(models.prepared(bits))
+    quantizers = [m for m in opened.module.modules() if isinstance(m, LearnedFakeQuantize)]
+    return {m.quant_min for m in quantizers if m.per_channel}, opened.notes
+
+
+@pytest.mark.parametrize("engine", ["x86", "fbgemm", "onednn", "qnnpack"])
+def test_without_vnni_weights_are_narrowed(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepared_module, "has_vnni", lambda: False)
+    if engine not in torch.backends.quantized.supported_engines:
+        pytest.skip(f"no {engine} in this build of torch")
+    with using_engine(engine):
+        levels, notes = weight_levels(8)
+        assert not weight_levels(4)[1]  # four-bit weights can't overflow
+    if engine == "qnnpack":
+        assert (levels, notes) == ({-128}, [])
+    else:
+        assert levels == {-64}
+        assert "4 layers have 7-bit weights" in notes[0]
+
+
+@pytest.mark.parametrize("activation", [3, 15, 63, 127, 255])
+def test_largest_weight_never_overflows(activation: int) -> None:
+    assert 2 * activation * largest_weight(activation) <= 32767
+    assert 2 * activation * (largest_weight(activation) + 1) > 32767
+
+
+def test_wide_depthwise_convolutions_convert() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 144, 1), nn.BatchNorm2d(144), nn.ReLU(), nn.Conv2d(144, 144, 3, padding=1, groups=144),
+        nn.BatchNorm2d(144), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(144, 5),
+    )  # fmt: skip
+    with torch.no_grad():
+        model[3].weight.copy_(model[3].weight.abs())  # one sign: the worst case for sums of two products
+        model(models.images(64))
+    prepared = models.prepared(8, model)
+    opened = FXBackend().open(prepared)
+    batch = models.images(64)
+    observed(opened, batch)
+    opened.commit()
+    with torch.no_grad():
+        fake, converted = prepared.eval()(batch), convert_fx(copy.deepcopy(prepared))(batch)
+    assert (fake - converted).abs().mean() <= 0.05 * fake.std()
+
+
+def test_engine_is_restored_and_named_when_missing() -> None:
+    before = torch.backends.quantized.engine
+    with pytest.raises(ZeroDivisionError), using_engine(best_engine()):
+        raise ZeroDivisionError
+    assert torch.backends.quantized.engine == before
+    with pytest.raises(SettingsError, match="'tpu'"), using_engine("tpu"):
+        pass
+    with pytest.raises(SettingsError, match="no quantized engine"):
+        kernels_module.best_engine([], "x86_64")
+
+
+def test_refusals_name_the_culprit() -> None:
+    backend = FXBackend()
+    with pytest.raises(ModelError, match="Residual is not prepared"):
+        backend.open(models.trained())
+    prepared = models.prepared()
+    opened = backend.open(prepared)
+    observed(opened, models.images(8))
+    with pytest.raises(ModelError, match="already converted"):
+        backend.open(opened.convert())
+    nothing = prepare_qat_fx(models.trained().train(), QConfigMapping(), EXAMPLE)
+    with pytest.raises(ModelError, match="quantizes nothing"):
+        backend.open(nothing)
+
+
+def test_prepare_fx_default_mapping_converts() -> None:
+    prepared = prepare_fx(models.trained(), get_default_qconfig_mapping("x86"), EXAMPLE)
+    opened = FXBackend().open(prepared)
+    batch = models.images(64)
+    observed(opened, batch)
+    opened.commit()
+    expected = models.trained()(batch)
+    assert (convert_fx(prepared)(batch) - expected).abs().mean() < 0.2 * expected.std()
+
+
+def test_saved_model_reloads(tmp_path: object) -> None:
+    from pathlib import Path
+
+    path = Path(str(tmp_path)) / "model.pt"
+    opened = FXBackend().open(models.prepared())
+    observed(opened, models.images(32))
+    converted = opened.convert()
+    FXBackend().save(converted, torch.zeros(1, *models.SIZE), path)
+    batch = models.images(7)
+    assert torch.equal(FXBackend().load(path)(batch), converted(batch))
+    path.write_bytes(b"not a model")
+    with pytest.raises(DataError, match=r"model\.pt"):
+        FXBackend().load(path)

@@ -1,0 +1,186 @@
+"""Generators, priors, pool, pace and players, each by itself."""
+
+from __future__ import annotations
+
+import models
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from adadfq_plugin.config import AdaDFQSettings, GeneratorSettings, Settings
+from adadfq_plugin.errors import ModelError
+from adadfq_plugin.game import GeneratorPlayer, Pace, ReplayPool, augment, make_plan
+from adadfq_plugin.generators import Generator
+from adadfq_plugin.priors import BNStatistics, PriorSum, TotalVariation, batch_norms
+from adadfq_plugin.teacher import Facts, Teacher, find_facts, make_teacher, multiply_adds
+
+pytestmark = pytest.mark.usefixtures("seeded")
+
+
+@pytest.mark.parametrize(
+    "size", [(3, 32, 32), (1, 28, 28), (3, 224, 224), (3, 33, 33), (3, 24, 40), (3, 7, 7)]
+)
+def test_generator_fits_any_size(size: tuple[int, int, int]) -> None:
+    mean, std = (0.5,) * size[0], (0.25,) * size[0]
+    facts = Facts(size, 7, mean, std)
+    generator = Generator(facts, 8, 16)
+    images = generator(torch.randn(3, 8), torch.tensor([0, 3, 6]))
+    assert images.shape == (3, *size)
+    pixels = facts.denormalize(images)
+    assert pixels.min() >= -1e-6 and pixels.max() <= 1 + 1e-6
+    assert 0.3 < images.std() < 1.5
+
+
+def test_labels_change_the_image() -> None:
+    generator = Generator(Facts((3, 16, 16), 4), 8, 16)
+    z = torch.randn(2, 8)
+    one, other = generator(z, torch.tensor([0, 1])), generator(z, torch.tensor([0, 2]))
+    assert not torch.allclose(one[1], other[1])
+
+
+def test_sampling_is_seeded_and_uniform() -> None:
+    generator = Generator(Facts((3, 8, 8), 4), 8, 16)
+    z, labels = generator.sample(4000, torch.Generator().manual_seed(1))
+    again, _ = generator.sample(4000, torch.Generator().manual_seed(1))
+    assert torch.equal(z, again)
+    assert torch.bincount(labels, minlength=4).min() > 900
+    assert abs(z.std().item() - 1) < 0.02
+
+
+def test_statistics_prior_is_zero_on_its_own_statistics() -> None:
+    model = models.trained()
+    batch = models.images(64)
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        model(batch)
+    model.eval()
+    first = nn.Sequential(model.conv1, model.bn1)  # type: ignore[arg-type]
+    with torch.no_grad(), BNStatistics().watch(first) as loss:
+        first(batch)
+        own = loss()
+        first(batch * 2 + 1)
+        other = loss()
+    assert own < 1e-4  # the running variance is the unbiased one
+    assert other > 10 * own
+
+
+def test_priors_add_up_and_leave_no_hooks() -> None:
+    model = models.trained()
+    prior = PriorSum([(2.0, BNStatistics()), (3.0, TotalVariation()), (0.0, TotalVariation())], model)
+    batch = models.images(8)
+    with BNStatistics().watch(model) as bns, TotalVariation().watch(model) as tv, prior.watch(model) as total:
+        model(batch)
+        assert torch.allclose(total(), 2 * bns() + 3 * tv())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_priors_say_why_not() -> None:
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    assert "no BatchNorm" in str(BNStatistics().reason(linear))
+    assert TotalVariation().reason(linear) is None
+    assert BNStatistics().reason(models.trained()) is None
+    assert len(batch_norms(models.trained())) == 3
+    with pytest.raises(ModelError, match="'bn_statistics' can't be used"):
+        PriorSum([(1.0, BNStatistics())], linear)
+
+
+@given(st.integers(1, 20), st.lists(st.integers(1, 9), min_size=1, max_size=8))
+def test_pool_keeps_the_newest(capacity: int, batches: list[int]) -> None:
+    pool = ReplayPool(capacity, torch.Generator().manual_seed(0))
+    count = 0
+    for size in batches:
+        numbers = torch.arange(count, count + size)
+        pool.add(numbers.float().view(-1, 1, 1, 1), numbers)
+        count += size
+    expected = set(range(max(0, count - capacity), count))
+    kept = set(pool.labels.tolist())
+    assert len(pool) == min(count, capacity)
+    # a batch larger than the pool may overwrite within itself; what is left is always from the newest batches
+    if max(batches) <= capacity:
+        assert kept == expected
+    images, labels = pool.draw(capacity)
+    assert torch.equal(images.view(-1).long(), labels)
+
+
+def test_augmentation_keeps_the_pixels() -> None:
+    batch = models.images(4)
+    rng = torch.Generator().manual_seed(0)
+    changed = [augment(batch, rng) for _ in range(6)]
+    assert all(torch.allclose(each.sum((2, 3)), batch.sum((2, 3)), atol=1e-3) for each in changed)
+    assert sum(torch.equal(each, batch) for each in changed) <= 1
+
+
+def plan(settings: Settings, macs: int, side: int, bits: int) -> tuple[int, int, int]:
+    teacher = Teacher(nn.Identity(), Facts((3, side, side), 10), macs=macs)
+    made = make_plan(settings, teacher, bits)
+    return made.warmup, made.steps, made.batch_size
+
+
+def test_plan_follows_bits_and_cost() -> None:
+    cheap = [plan(AdaDFQSettings(), 10**6, 32, bits) for bits in (8, 4, 2)]
+    assert cheap[0][1] < cheap[1][1] < cheap[2][1]
+    dear = plan(AdaDFQSettings(), 4 * 10**9, 224, 4)
+    assert dear[1] < cheap[1][1] and dear[0] < cheap[1][0]
+    assert dear[2] < cheap[1][2]
+    assert plan(Settings(steps=7, batch_size=5), 10**6, 32, 4) == (0, 7, 5)
+    assert plan(GeneratorSettings(warmup_steps=3), 10**6, 32, 4)[0] == 3
+
+
+def test_pace_counts_or_follows_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    pace = Pace(10**6, seconds=10)
+    for _ in pace:
+        now[0] += 0.5
+    assert pace.total == pace.step == 20
+    assert list(Pace(3)) == [1, 2, 3]
+    assert list(Pace(0)) == []
+
+
+def test_warm_up_lowers_the_loss_and_p_gets_no_gradients() -> None:
+    teacher = make_teacher(models.trained(), Facts(models.SIZE, models.CLASSES))
+    settings = AdaDFQSettings(latent_dim=8, generator_width=16, generator_learning_rate=1e-2)
+    player = GeneratorPlayer(teacher, settings, 16, torch.Generator().manual_seed(0), torch.device("cpu"))
+    pace = Pace(30)
+    with player.watching() as prior:
+        rows = [player.warm_up(prior, pace) for _ in pace]
+    assert sum(rows[-1].values()) < 0.7 * sum(rows[0].values())
+    assert all(parameter.grad is None for parameter in teacher.model.parameters())
+    assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
+
+
+def test_facts_by_trial() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 4, 3, stride=2, padding=1)
+            self.linear = nn.Linear(4 * 14 * 14, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(self.conv(x).flatten(1))
+
+    facts = find_facts(Fixed())
+    assert facts.input_size == (1, 28, 28)
+    assert facts.sources["input_size"].startswith("guess")
+    assert facts.mean == (0.5,)
+    with pytest.raises(ModelError, match="no square image"):
+        find_facts(nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(5, 2)))
+    with pytest.raises(ModelError, match="returns tuple"):
+
+        class Pair(nn.Module):
+            def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+                return x, x
+
+        find_facts(Pair(), input_size=8)
+    with pytest.raises(ModelError, match="logits"):
+        find_facts(nn.Conv2d(3, 4, 1), input_size=8)
+
+
+def test_multiply_adds_of_groups_and_linear() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1, groups=2), nn.Flatten(), nn.Linear(8 * 25, 10))
+    assert multiply_adds(model, (4, 5, 5)) == 8 * 25 * 2 * 9 + 200 * 10
