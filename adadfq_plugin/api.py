@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -114,7 +114,9 @@ def backends() -> Registry[Backend]:
     return _BACKENDS
 
 
-def method_settings(method: Method, settings: Settings | Mapping[str, Any] | None, preset: str | None) -> Settings:
+def method_settings(
+    method: Method, settings: Settings | Mapping[str, Any] | None, preset: str | None
+) -> Settings:
     """The settings that a method will run with: defaults, changed by the preset, changed by the settings.
 
     Args:
@@ -406,7 +408,8 @@ def evaluate(
         SettingsError: no images.
     """
     right = count = 0
-    modes = module_modes(model, False) if isinstance(model, nn.Module) else nullcontext()
+    frozen = not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule)
+    modes = nullcontext() if frozen else module_modes(cast(nn.Module, model), False)
     with torch.no_grad(), modes:
         for images, labels in batches:
             logits = model(images.to(device or "cpu")).cpu()

@@ -10,6 +10,8 @@ held to the values that an image of 8-bit pixels can have.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 
@@ -80,7 +82,7 @@ class Generator(nn.Module):
         self.stem = nn.Linear(2 * latent_dim, width * start[0] * start[1])
         self.norms = nn.ModuleList(_ConditionalNorm(each, facts.num_classes) for each in widths)
         self.convs = nn.ModuleList(
-            nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in zip(widths, widths[1:], strict=False)
+            nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in itertools.pairwise(widths)
         )
         self.to_image = nn.Conv2d(widths[-1], channels, 3, padding=1)
         self.standardize = nn.BatchNorm2d(channels, affine=False, track_running_stats=False)

@@ -150,6 +150,12 @@ class Registry(Generic[T]):
         points: dict[str, _Point] = {}
         for point in sorted(found, key=_Point.precedence):
             winner = points.setdefault(point.entry.name, point)
+            if (
+                winner is not point
+                and winner.label == point.label
+                and winner.entry.value == point.entry.value
+            ):
+                continue  # one distribution, found twice on the path
             if winner is not point:
                 failures.append(point.described(f"shadowed by {winner.label}"))
                 warnings.warn(

@@ -198,7 +198,10 @@ def _try_sizes(model: nn.Module) -> tuple[tuple[int, int, int], str]:
 
 
 def _as_size(value: Any, channels: int) -> tuple[int, int, int]:
-    size = (value, value) if isinstance(value, int) else tuple(int(extent) for extent in value)
+    try:
+        size = (value, value) if isinstance(value, int) else tuple(int(extent) for extent in value)
+    except (TypeError, ValueError):
+        size = ()
     size = (channels, *size) if len(size) == 2 else size
     if len(size) != 3 or min(size) < 1:
         raise ModelError(f"input_size {value!r} is not a side, (height, width) or (channels, height, width)")
@@ -230,7 +233,8 @@ def find_facts(
         ModelError: the model doesn't take the size, has fewer than two classes, or the facts disagree.
     """
     timm, sources = _left_by_timm((model, *relatives)), {}
-    kept = next((m.meta.get("adadfq_input_size") for m in (model, *relatives) if hasattr(m, "meta")), None)
+    notes = [getattr(each, "meta", None) for each in (model, *relatives)]
+    kept = next((each["adadfq_input_size"] for each in notes if each and "adadfq_input_size" in each), None)
     if example_inputs is not None and input_size is None:
         first = example_inputs[0] if isinstance(example_inputs, (tuple, list)) else example_inputs
         input_size = tuple(first.shape[1:])

@@ -47,12 +47,23 @@ Row = dict[str, Any]
 
 
 def run_one(name: str) -> Row:
-    """Take one architecture through the path and return its row of the table."""
+    """Take one architecture through the path and return its row of the table, however far it has come."""
+    row: Row = {"model": name, "traced": False, "passed": False}
+    try:
+        fill(row)
+    except UntraceableError as error:
+        row["reason"] = str(error)[:300]
+    except Exception as error:
+        row["reason"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"[:300]
+    return row
+
+
+def fill(row: Row) -> None:
+    """Take the row's architecture through the path and write what comes out of it into the row."""
     import timm
 
-    row: Row = {"model": name}
     torch.manual_seed(0)
-    model = timm.create_model(name, pretrained=False)
+    model = timm.create_model(row["model"], pretrained=False)
     wake_zero_parameters(model)
     traced = trace_smallest(model)
     size = traced.meta[INPUT_SIZE]
@@ -70,7 +81,6 @@ def run_one(name: str) -> Row:
     row["relative_error"] = float((actual - expected).norm() / expected.norm())
     row["quantization_error"] = float((expected - unquantized).norm() / unquantized.norm())
     row["passed"] = bool(torch.isfinite(actual).all())
-    return row
 
 
 def wake_zero_parameters(model: nn.Module) -> None:
@@ -169,10 +179,8 @@ def run_in_process(row: Row, connection: Connection, gibibytes: int) -> None:
         if "model" not in row:
             row["model"], row["parameters"] = zoo.smallest_architecture(row["family"])
         row |= run_one(row["model"])
-    except UntraceableError as error:
-        row |= {"traced": False, "passed": False, "reason": str(error)}
     except Exception as error:
-        row |= {"passed": False, "reason": f"{type(error).__name__}: {str(error).splitlines()[0]}"[:300]}
+        row |= {"passed": False, "reason": f"{type(error).__name__}: {error}"[:300]}
     connection.send(row)
 
 
@@ -204,12 +212,12 @@ def write_table(rows: dict[str, Row]) -> None:
         "# timm families through FX quantization",
         "",
         f"{passed} of {len(done)} families go through: `traceable`, `prepare_qat_fx` with torch.ao's x86 QAT settings,",
-        "two passes in training mode, `convert_fx`, and a run of the integer model. One architecture for each family,",
-        "the one with the fewest parameters, randomly initialised. Integer: share of the multiply-adds of convolutions,",
-        "linear layers and matrix products that integer modules do. Agreement: top-1 of the converted model against the",
-        f"fake-quantized one on {IMAGES} random images; converted: the relative error of its logits; quantized: that of the",
-        "fake-quantized model's against the same model without quantization. Random weights amplify each rounding, so",
-        "where quantization changes the logits a lot, another order of the same roundings does so too.",
+        "two passes in training mode, `convert_fx`, and a run of the integer model. One architecture for each",
+        "family, the one with the fewest parameters, randomly initialised. Integer: share of the multiply-adds of",
+        "convolutions, linear layers and matrix products that integer modules do. Agreement: top-1 of the converted",
+        f"model against the fake-quantized one on {IMAGES} random images; converted: the relative error of its logits;",
+        "quantized: that of the fake-quantized model's against the same model without quantization. Random weights",
+        "amplify each rounding: where quantization changes the logits a lot, another order of roundings does so too.",
         "",
         "Written by `python benchmarks/coverage.py`.",
         "",

@@ -77,6 +77,7 @@ def state(model: nn.Module) -> dict[str, object]:
 def same(before: dict[str, object], after: dict[str, object]) -> bool:
     """Whether two states are equal bit for bit and flag for flag."""
     old, new = before["tensors"], after["tensors"]
-    assert isinstance(old, dict) and isinstance(new, dict)
+    assert isinstance(old, dict)
+    assert isinstance(new, dict)
     tensors = old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
     return tensors and all(before[kind] == after[kind] for kind in ("modes", "flags", "kinds"))

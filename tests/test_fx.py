@@ -22,8 +22,8 @@ from adadfq_plugin.backends.fx import FXBackend, best_engine, using_engine
 from adadfq_plugin.backends.fx import kernels as kernels_module
 from adadfq_plugin.backends.fx import prepared as prepared_module
 from adadfq_plugin.backends.fx.fake_quantize import LearnedFakeQuantize
-from adadfq_plugin.backends.fx.kernels import largest_weight
 from adadfq_plugin.backends.fx.folding import float_copy, fold_batch_norm
+from adadfq_plugin.backends.fx.kernels import largest_weight
 from adadfq_plugin.contracts import Backend, Phase, Prepared
 from adadfq_plugin.errors import DataError, ModelError, SettingsError
 
@@ -110,7 +110,8 @@ def test_hidden_activations_have_two_to_the_bits_levels(bits: int, monkeypatch: 
     if bits == 8:
         assert not seen
     else:
-        assert seen and max(seen.values()) == 2**bits - 1
+        assert seen
+        assert max(seen.values()) == 2**bits - 1
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -128,7 +129,8 @@ def test_observers_of_prepare_fx_keep_their_levels(bits: int) -> None:
     with torch.no_grad():
         twin.eval().apply(torch.ao.quantization.disable_fake_quant)(batch)
         reference = twin.apply(torch.ao.quantization.enable_fake_quant)(batch)
-    assert (converted - reference).abs().mean() <= 0.12 * reference.std()
+    exact = models.trained()(batch)
+    assert (converted - exact).abs().mean() <= 1.1 * (reference - exact).abs().mean()
 
 
 def test_channels_with_gamma_zero_convert() -> None:

@@ -29,7 +29,8 @@ def test_generator_fits_any_size(size: tuple[int, int, int]) -> None:
     images = generator(torch.randn(3, 8), torch.tensor([0, 3, 6]))
     assert images.shape == (3, *size)
     pixels = facts.denormalize(images)
-    assert pixels.min() >= -1e-6 and pixels.max() <= 1 + 1e-6
+    assert pixels.min() >= -1e-6
+    assert pixels.max() <= 1 + 1e-6
     assert 0.3 < images.std() < 1.5
 
 
@@ -125,7 +126,8 @@ def test_plan_follows_bits_and_cost() -> None:
     cheap = [plan(AdaDFQSettings(), 10**6, 32, bits) for bits in (8, 4, 2)]
     assert cheap[0][1] < cheap[1][1] < cheap[2][1]
     dear = plan(AdaDFQSettings(), 4 * 10**9, 224, 4)
-    assert dear[1] < cheap[1][1] and dear[0] < cheap[1][0]
+    assert dear[1] < cheap[1][1]
+    assert dear[0] < cheap[1][0]
     assert dear[2] < cheap[1][2]
     assert plan(Settings(steps=7, batch_size=5), 10**6, 32, 4) == (0, 7, 5)
     assert plan(GeneratorSettings(warmup_steps=3), 10**6, 32, 4)[0] == 3

@@ -76,4 +76,4 @@ class QuantizedPlayer:
         fraction = self.pace.fraction
         if self.settings.schedule == "cosine":
             return 0.5 * (1 + math.cos(math.pi * fraction))
-        return 0.1 ** float(sum(fraction >= stage for stage in self.settings.stages))
+        return math.pow(0.1, sum(fraction >= stage for stage in self.settings.stages))

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.ao.quantization.fake_quantize import FakeQuantizeBase
-from torch.ao.quantization.observer import ObserverBase
 
 __all__ = ["LearnedFakeQuantize", "search_range"]
 
@@ -185,10 +184,9 @@ class LearnedFakeQuantize(FakeQuantizeBase):
     @classmethod
     def like(cls, other: nn.Module) -> LearnedFakeQuantize:
         """One with the levels, type and scheme of a torch.ao fake quantizer or observer."""
-        observer = getattr(other, "activation_post_process", other)
+        observer: Any = getattr(other, "activation_post_process", other)
         if isinstance(other, LearnedFakeQuantize):
             return other
-        assert isinstance(observer, ObserverBase)
         return cls(
             quant_min=int(getattr(other, "quant_min", observer.quant_min)),
             quant_max=int(getattr(other, "quant_max", observer.quant_max)),

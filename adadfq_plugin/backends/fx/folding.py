@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 import torch.ao.nn.intrinsic as nni
 import torch.ao.nn.intrinsic.qat as nniqat
 import torch.ao.nn.qat as nnqat
-from torch import nn
+from torch import Tensor, nn
 from torch.ao.quantization.fake_quantize import FakeQuantizeBase
 from torch.ao.quantization.observer import ObserverBase
 from torch.fx import GraphModule
@@ -26,6 +27,11 @@ FOLDED: dict[type[nn.Module], tuple[type[nn.Module], type[nn.Module]]] = {
     nniqat.ConvBnReLU2d: (nniqat.ConvReLU2d, nn.Conv2d),
     nniqat.ConvBnReLU3d: (nniqat.ConvReLU3d, nn.Conv3d),
     nniqat.LinearBn1d: (nnqat.Linear, nn.Linear),
+}
+FUSED: dict[type[nn.Module], Any] = {
+    nn.Conv1d: nni.ConvReLU1d,
+    nn.Conv2d: nni.ConvReLU2d,
+    nn.Conv3d: nni.ConvReLU3d,
 }
 WITH_RELU = (
     nniqat.ConvBnReLU1d,
@@ -64,9 +70,10 @@ def _plain(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
             names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
             settings = {name: getattr(module, name) for name in names}
             plain = kind(**settings, bias=bias, padding_mode=module.padding_mode)  # type: ignore[assignment]
-    plain.weight = nn.Parameter(module.weight.detach().clone())  # type: ignore[arg-type,operator]
+    weight, old_bias = cast(Tensor, module.weight), cast(Tensor, module.bias)
+    plain.weight = nn.Parameter(weight.detach().clone())
     if bias:
-        plain.bias = nn.Parameter(module.bias.detach().clone())  # type: ignore[arg-type,operator,union-attr]
+        plain.bias = nn.Parameter(old_bias.detach().clone())
     return plain.train(module.training)
 
 
@@ -96,17 +103,15 @@ def fold_batch_norm(model: nn.Module) -> None:
         fuse = fuse_linear_bn_weights if float_class is nn.Linear else fuse_conv_bn_weights
         weight, bias = fuse(module.weight, module.bias, *args)  # type: ignore[arg-type]
         plain = _plain(module, float_class)
-        trained = module.weight.requires_grad  # type: ignore[union-attr]
+        trained = module.weight.requires_grad
         plain.weight = nn.Parameter(weight.detach(), requires_grad=trained)  # type: ignore[arg-type]
         plain.bias = nn.Parameter(bias.detach(), requires_grad=trained)  # type: ignore[arg-type]
-        plain.qconfig = module.qconfig  # type: ignore[assignment]
+        plain.qconfig = module.qconfig
         source = plain
         if type(module) in WITH_RELU:
-            fused = {nn.Conv1d: nni.ConvReLU1d, nn.Conv2d: nni.ConvReLU2d, nn.Conv3d: nni.ConvReLU3d}[
-                float_class
-            ]
+            fused = FUSED[float_class]
             source = fused(plain, nn.ReLU())
-            source.qconfig = module.qconfig  # type: ignore[assignment]
+            source.qconfig = module.qconfig
         folded = qat_class.from_float(source)  # type: ignore[attr-defined]
         folded.weight_fake_quant = module.weight_fake_quant
         folded.train(module.training)
@@ -131,8 +136,8 @@ def float_copy(prepared: GraphModule) -> GraphModule:
             parts.append(nn.ReLU())
         replace_module(model, path, parts[0] if len(parts) == 1 else nn.Sequential(*parts))
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if is_quantizer(child):
+        for name, child in list(parent._modules.items()):  # named_children leaves shared ones out
+            if child is not None and is_quantizer(child):
                 delattr(parent, name)
     model.recompile()
     return model

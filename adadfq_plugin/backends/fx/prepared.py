@@ -125,7 +125,9 @@ class FXPrepared:
                 continue
             for user in node.users:
                 weight = self._weight_quantizer(user)
-                groups = int(getattr(self.module.get_submodule(str(user.target)), "groups", 1)) if weight else 1
+                groups = (
+                    int(getattr(self.module.get_submodule(str(user.target)), "groups", 1)) if weight else 1
+                )
                 if weight is None or not adds_in_16_bits(engine, vnni, groups):
                     continue
                 limit = largest_weight(quantizer.quant_max)
@@ -279,7 +281,9 @@ class FXPrepared:
                 clamp = graph.call_function(torch.clamp, (node, *limits))
             with graph.inserting_after(clamp):
                 again = graph.call_module(str(node.target), (clamp,))
-            node.replace_all_uses_with(again, delete_user_cb=lambda user, clamp=clamp: user is not clamp)
+            for user in list(node.users):
+                if user is not clamp:
+                    user.replace_input_with(node, again)
             scopes[clamp.name] = scopes.get(source.name, ("", None))
         self.module.recompile()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch.ao.quantization import QConfig, QConfigMapping, get_default_qat_qconfig_mapping
@@ -31,7 +32,8 @@ def qconfig_mapping(scheme: Scheme, *, float_modules: Iterable[str] = ()) -> QCo
     bits = scheme.weight_bits
     # qnnpack's per-channel kernels take no weight of -128
     lowest = -(2 ** (bits - 1)) + (1 if engine == "qnnpack" and bits == 8 else 0)
-    activation = LearnedFakeQuantize.with_args(
+    factory: Any = LearnedFakeQuantize.with_args
+    activation = factory(
         quant_min=0,
         quant_max=2**scheme.activation_bits - 1,
         dtype=torch.quint8,
@@ -39,26 +41,20 @@ def qconfig_mapping(scheme: Scheme, *, float_modules: Iterable[str] = ()) -> QCo
         boundary_max=2**scheme.boundary_bits - 1,
     )
     channels = {"dtype": torch.qint8, "qscheme": torch.per_channel_symmetric}
-    weight = LearnedFakeQuantize.with_args(
-        quant_min=lowest, quant_max=2 ** (bits - 1) - 1, ch_axis=0, **channels
-    )
-    transposed = LearnedFakeQuantize.with_args(
-        quant_min=lowest, quant_max=2 ** (bits - 1) - 1, ch_axis=1, **channels
-    )
+    weight = factory(quant_min=lowest, quant_max=2 ** (bits - 1) - 1, ch_axis=0, **channels)
+    transposed = factory(quant_min=lowest, quant_max=2 ** (bits - 1) - 1, ch_axis=1, **channels)
     mapping = QConfigMapping().set_global(QConfig(activation=activation, weight=weight))
     for kind in (torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d):
         mapping.set_object_type(kind, QConfig(activation=activation, weight=transposed))
     default = get_default_qat_qconfig_mapping(engine)
     for operation, qconfig in default.object_type_qconfigs.items():
-        if _has_fixed_range(qconfig):
+        if qconfig is not None and _has_fixed_range(qconfig):
             mapping.set_object_type(operation, QConfig(activation=qconfig.activation, weight=weight))
     for name in float_modules:
         mapping.set_module_name(name, None)
     return mapping
 
 
-def _has_fixed_range(qconfig: QConfig | None) -> bool:
-    if qconfig is None:
-        return False
+def _has_fixed_range(qconfig: QConfig) -> bool:
     fixed = torch.ao.quantization.FixedQParamsFakeQuantize
     return isinstance(qconfig.activation(), fixed)

@@ -129,7 +129,8 @@ def _integer_calls(traced: fx.GraphModule) -> list[CallSite]:
     for node in traced.graph.nodes:
         name = _name(node)
         index, calls[name] = calls[name], calls[name] + 1
-        if node.op in ("call_function", "call_method") and any(map(is_integer, [node, *node.args])):
+        gives_tensor = node.op in ("call_function", "call_method") and "dtype" in node.meta
+        if gives_tensor and any(map(is_integer, [node, *node.args])):
             sites.append(CallSite(node.op, name, index, "works on integers"))
     return sites
 
