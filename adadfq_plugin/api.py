@@ -266,12 +266,15 @@ def calibrate(
         warnings.warn(f"adadfq_plugin: {line}; pass them by keyword", UserWarning, stacklevel=2)
     where = torch.device(device) if device is not None else _place(prepared)
     frozen = make_teacher(source, facts, name=type(source).__name__, device=where)
+    if facts.large:
+        frozen.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        opened.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     opened.module.to(where)
     with fork_rng(seed, where):
         task = Task(frozen, opened, made, seed, where, progress or _silent, minutes)
         outcome = chosen.calibrate(task)
         figures = _figures(frozen, opened, outcome, where)
-        opened.module.to(_place(prepared))
+        opened.module.to(_place(prepared), memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         opened.commit()
     return Result(
         method=method,

@@ -90,7 +90,10 @@ class GeneratorSettings(Settings):
     warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
         None, description="steps of the generator before Q joins; unset: from the network's cost"
     )
-    gamma: NonNegative = Field(1.0, description="weight of the BatchNorm-statistics loss (paper: 1)")
+    gamma: NonNegative = Field(10.0, description="weight of the BatchNorm-statistics loss")
+    bn_units: Literal["relative", "absolute"] = Field(
+        "relative", description="statistics in units of each channel's running deviation, or as in the paper"
+    )
     tv: NonNegative = Field(0.0, description="weight of the total variation of the images")
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from adadfq_plugin.errors import ModelError
-from adadfq_plugin.functional import bn_statistics_loss, total_variation
+from adadfq_plugin.functional import bn_statistics_loss, channel_moments, total_variation
 from adadfq_plugin.hooks import capture_inputs
 
 __all__ = ["BNStatistics", "PriorSum", "TotalVariation", "batch_norms"]
+
+SMALLEST = 1e-8
+"""Keeps the gradient of a deviation finite where a channel is constant."""
 
 
 def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
@@ -25,9 +29,18 @@ def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
 
 
 class BNStatistics:
-    r"""Batch statistics in front of each BatchNorm as its running ones (``bn_statistics_loss``)."""
+    r"""Batch statistics in front of each BatchNorm as its running ones (``bn_statistics_loss``).
+
+    Args:
+        relative: measure each channel in units of its own running deviation, so that no channel or layer
+            outweighs the others: :math:`((\mu - \hat\mu) / \hat\sigma)^2 + (\sigma / \hat\sigma - 1)^2`.
+            False is the paper's loss, in the activations' own units.
+    """
 
     name = "bn_statistics"
+
+    def __init__(self, relative: bool = True) -> None:
+        self.relative = relative
 
     def reason(self, model: nn.Module) -> str | None:
         """Why this prior can't be used; None if it can."""
@@ -54,14 +67,17 @@ class BNStatistics:
             def loss() -> Tensor:
                 means, variances, running_means, running_variances = [], [], [], []
                 for name, layer in layers.items():
-                    x = seen[name]
-                    axes = [axis for axis in range(x.ndim) if axis != 1]
-                    variance, mean = torch.var_mean(x, axes, correction=0)
+                    mean, variance = channel_moments(seen[name])
+                    expected, spread = cast(Tensor, layer.running_mean), cast(Tensor, layer.running_var)
+                    if self.relative:
+                        unit = (spread + cast(float, layer.eps)).sqrt()
+                        mean, variance = (mean - expected) / unit, (variance + SMALLEST).sqrt() / unit
+                        expected, spread = torch.zeros_like(unit), torch.ones_like(unit)
                     means.append(mean)
                     variances.append(variance)
-                    running_means.append(layer.running_mean)
-                    running_variances.append(layer.running_var)
-                return bn_statistics_loss(means, variances, running_means, running_variances)  # type: ignore[arg-type]
+                    running_means.append(expected)
+                    running_variances.append(spread)
+                return bn_statistics_loss(means, variances, running_means, running_variances)
 
             yield loss
 

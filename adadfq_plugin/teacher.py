@@ -17,6 +17,7 @@ __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Facts", "Teacher", "find_facts", "m
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+LARGE = 64
 USUAL_SIDE = {10: 32, 100: 32, 200: 64, 1000: 224, 21843: 224, 21841: 224}
 """Image side of the usual data set with that many classes (CIFAR, Tiny ImageNet, ImageNet)."""
 TRIAL_SIDES = (224, 32, 64, 28, 96, 128, 160, 192, 240, 256, 288, 299, 320, 384, 448, 512)
@@ -53,6 +54,11 @@ class Facts:
     def guesses(self) -> dict[str, str]:
         """The facts that nobody told, with the reason for the value taken."""
         return {name: source for name, source in self.sources.items() if source.startswith("guess")}
+
+    @property
+    def large(self) -> bool:
+        """Images beyond 64 pixels: small batches, few samples, channels last in memory (there it is faster)."""
+        return max(self.input_size[1:]) > LARGE
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """Pixels (N, channels, H, W) in [0, 1] as the network's input."""

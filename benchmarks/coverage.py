@@ -250,7 +250,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time (default: 1)")
     parser.add_argument("--seconds", type=int, default=300, help="time limit for each family (default: 300)")
     parser.add_argument(
-        "--gibibytes", type=int, default=16, help="memory limit for each process (default: 16)"
+        "--gibibytes", type=int, default=10, help="memory limit for each process (default: 10)"
     )
     options = parser.parse_args()
     rows: dict[str, Row] = json.loads(ROWS.read_text(encoding="utf-8")) if ROWS.exists() else {}

@@ -11,8 +11,6 @@ from adadfq_plugin.teacher import Teacher
 
 __all__ = ["Pace", "Plan", "make_plan"]
 
-SMALL = 64
-"""Largest image side that counts as small: large batches, many samples."""
 STEPS = {2: 2000, 3: 1500, 4: 1000, 5: 600, 6: 400, 7: 200, 8: 120}
 """Training steps of Q by the narrowest width, for networks that are cheap to run."""
 WARMUP = {2: 1500, 3: 1500, 4: 1200, 5: 800, 6: 600, 7: 400, 8: 300}
@@ -62,7 +60,7 @@ def make_plan(settings: Settings, teacher: Teacher, bits: int, minutes: float | 
         bits: narrowest width, 2 to 8.
         minutes: time limit, or None.
     """
-    small = max(teacher.facts.input_size[1:]) <= SMALL
+    small = not teacher.facts.large
     batch = settings.batch_size or (64 if small else 16)
     generator_batch, warmup = batch, 0
     slow = max(1.0, batch * teacher.macs / CHEAP)

@@ -17,6 +17,8 @@ _PAPER: dict[str, Any] = {
     "generator_interval": 1,
     "replay": False,
     "latent_dim": 100,
+    "gamma": 1.0,
+    "bn_units": "absolute",
     "generator_width": 128,
     "optimizer": "sgd",
     "weight_decay": 1e-4,

@@ -69,8 +69,10 @@ class _LearnedStep(torch.autograd.Function):
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    if a.is_contiguous() and b.is_contiguous():
-        return torch.dot(a.view(-1), b.view(-1))
+    formats = [torch.contiguous_format] + [torch.channels_last] * (a.ndim == 4)
+    if any(a.is_contiguous(memory_format=each) and b.is_contiguous(memory_format=each) for each in formats):
+        flat = (a.numel(),), (1,)  # in the order of the memory
+        return torch.dot(a.as_strided(*flat), b.as_strided(*flat))
     return (a * b).sum()
 
 

@@ -31,7 +31,7 @@ _MAX_TRIALS = 20
 _MAX_ERROR = 0.5  # relative; rounding to 8 bits is far below it, a wrong kernel far above
 
 _JOINING = (torch.cat, torch.concat, torch.stack)
-_LOWERED: dict[Any, Callable[..., Any]] = {
+_LOWERED: dict[Any, Any] = {
     torch.ops.quantized.add: operator.add,
     torch.ops.quantized.mul: operator.mul,
     torch.ops.quantized.matmul: torch.matmul,
