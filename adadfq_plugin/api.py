@@ -267,14 +267,14 @@ def calibrate(
     where = torch.device(device) if device is not None else _place(prepared)
     frozen = make_teacher(source, facts, name=type(source).__name__, device=where)
     if facts.large:
-        frozen.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        opened.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        frozen.model.to(memory_format=torch.channels_last)
+        opened.module.to(memory_format=torch.channels_last)
     opened.module.to(where)
     with fork_rng(seed, where):
         task = Task(frozen, opened, made, seed, where, progress or _silent, minutes)
         outcome = chosen.calibrate(task)
         figures = _figures(frozen, opened, outcome, where)
-        opened.module.to(_place(prepared), memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        opened.module.to(_place(prepared)).to(memory_format=torch.contiguous_format)
         opened.commit()
     return Result(
         method=method,

@@ -1,7 +1,8 @@
 """Which timm families go through the whole FX quantization path: the table docs/coverage.md.
 
-Each family's smallest architecture, randomly initialised, in a process of its own: rewrite, ``prepare_qat_fx``, two
-forward passes in training mode, ``convert_fx``, and the converted model against the fake-quantized one.
+Each family's smallest architecture, randomly initialised, in a process of its own: ``adadfq_plugin.prepare``,
+``adadfq_plugin.calibrate`` on noise with three training steps, ``convert_fx``, and the converted model against the
+fake-quantized one.
 
     python benchmarks/coverage.py                 # all families; goes on where an earlier run has stopped
     python benchmarks/coverage.py resnet xcit     # these, again
@@ -21,22 +22,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.ao.quantization import (
-    FakeQuantize,
-    MinMaxObserver,
-    PerChannelMinMaxObserver,
-    QConfig,
-    disable_fake_quant,
-    disable_observer,
-    get_default_qat_qconfig,
-    get_default_qat_qconfig_mapping,
-)
-from torch.ao.quantization.quantize_fx import convert_fx, prepare_qat_fx
+from torch.ao.quantization import disable_fake_quant
+from torch.ao.quantization.quantize_fx import convert_fx
 from torch.utils.flop_counter import FlopCounterMode
 
+import adadfq_plugin
 from adadfq_plugin import zoo
 from adadfq_plugin.backends.fx.traceable import INPUT_SIZE, traceable
-from adadfq_plugin.backends.fx.unquantizable import leave_in_float
 from adadfq_plugin.errors import UntraceableError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,30 +56,25 @@ def fill(row: Row) -> None:
 
     torch.manual_seed(0)
     model = timm.create_model(row["model"], pretrained=False)
-    wake_zero_parameters(model)
     traced = trace_smallest(model)
     size = traced.meta[INPUT_SIZE]
     row |= {"traced": True, "input_size": list(size), "multiply_adds": count_multiply_adds(traced, size)}
     images = torch.randn(IMAGES, *size)
-    prepared = prepare(traced, images[:2])
-    calibrate(prepared, images)
+    prepared = adadfq_plugin.prepare(model, size, scheme={"engine": "x86"})
+    # random weights have no statistics to imitate: noise, and a few real steps of training
+    settings = {"samples": IMAGES, "batch_size": 4, "range_samples": IMAGES, "steps": 3}
+    adadfq_plugin.calibrate(prepared, method="noise", settings=settings, input_size=size)
+    prepared = prepared.eval()
     with torch.no_grad():
         expected = first(prepared(images))
         unquantized = first(copy.deepcopy(prepared).apply(disable_fake_quant)(images))
-        converted = convert(prepared)
+        converted = convert_fx(copy.deepcopy(prepared))
         actual = first(converted(images))
     row["integer_share"] = sum(integer_multiply_adds(traced, converted, size).values()) / row["multiply_adds"]
     row["agreement"] = float((expected.argmax(-1) == actual.argmax(-1)).float().mean())
     row["relative_error"] = float((actual - expected).norm() / expected.norm())
     row["quantization_error"] = float((expected - unquantized).norm() / unquantized.norm())
     row["passed"] = bool(torch.isfinite(actual).all())
-
-
-def wake_zero_parameters(model: nn.Module) -> None:
-    """Give all-zero vectors small values: a zero BatchNorm weight is a division by zero in QAT's ConvBn modules."""
-    for parameter in model.parameters():
-        if parameter.dim() <= 1 and not parameter.any():
-            nn.init.normal_(parameter, std=0.1)
 
 
 def trace_smallest(model: nn.Module) -> fx.GraphModule:
@@ -100,38 +87,6 @@ def trace_smallest(model: nn.Module) -> fx.GraphModule:
             continue
         return traceable(model, size)
     raise RuntimeError("the model does not run with its own input size")
-
-
-def prepare(traced: fx.GraphModule, example: Tensor) -> fx.GraphModule:
-    """Return the fake-quantized model."""
-    # The default's moving averages forget the first of several calls that share one observer.
-    minmax = {"observer": MinMaxObserver, "quant_min": 0, "quant_max": 255, "reduce_range": True}
-    activation = FakeQuantize.with_args(**minmax)
-    weight = get_default_qat_qconfig("x86").weight
-    default = get_default_qat_qconfig_mapping("x86").set_global(QConfig(activation=activation, weight=weight))
-    model, mapping, _ = leave_in_float(traced, default)
-    return prepare_qat_fx(model.train(), mapping, (example,))
-
-
-def calibrate(prepared: fx.GraphModule, images: Tensor) -> None:
-    """Let BatchNorm and the observers see the images, and leave the model in evaluation mode with fixed ranges."""
-    with torch.no_grad():
-        for batch in images.split(2)[:2]:
-            prepared.train()(batch)
-        for module in prepared.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.momentum = 1.0  # a few images have to settle what takes thousands in training
-        prepared(images)
-        for module in prepared.modules():
-            if isinstance(module, (MinMaxObserver, PerChannelMinMaxObserver)):
-                module.reset_min_max_vals()
-        prepared.eval()(images)
-    prepared.apply(disable_observer)
-
-
-def convert(prepared: fx.GraphModule) -> fx.GraphModule:
-    """Return the integer model."""
-    return convert_fx(prepared)
 
 
 def first(output: Any) -> Tensor:
@@ -211,8 +166,9 @@ def write_table(rows: dict[str, Row]) -> None:
     lines = [
         "# timm families through FX quantization",
         "",
-        f"{passed} of {len(done)} families go through: `traceable`, `prepare_qat_fx` with torch.ao's x86 QAT settings,",
-        "two passes in training mode, `convert_fx`, and a run of the integer model. One architecture for each",
+        f"{passed} of {len(done)} families go the whole way at W8A8: `adadfq_plugin.prepare`,",
+        "`adadfq_plugin.calibrate` (noise, three training steps),",
+        "`convert_fx`, and a run of the integer model. One architecture for each",
         "family, the one with the fewest parameters, randomly initialised. Integer: share of the multiply-adds of",
         "convolutions, linear layers and matrix products that integer modules do. Agreement: top-1 of the converted",
         f"model against the fake-quantized one on {IMAGES} random images; converted: the relative error of its logits;",

@@ -178,10 +178,9 @@ def test_the_original_is_touched_by_commit_alone() -> None:
 def test_phases_restore_switches_also_after_an_exception() -> None:
     opened = FXBackend().open(models.prepared(4))
     before = models.state(opened.module)
-    with pytest.raises(KeyError), opened.phase(Phase.EVALUATE):
-        assert not opened.module.training
-        with opened.phase(Phase.FLOAT):
-            raise KeyError
+    outer, inner = opened.phase(Phase.EVALUATE), opened.phase(Phase.FLOAT)
+    with pytest.raises(KeyError), outer, inner:
+        raise KeyError
     assert models.same(before, models.state(opened.module))
 
 

@@ -172,12 +172,12 @@ def test_facts_by_trial() -> None:
     assert facts.mean == (0.5,)
     with pytest.raises(ModelError, match="no square image"):
         find_facts(nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(5, 2)))
+
+    class Pair(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return x, x
+
     with pytest.raises(ModelError, match="returns tuple"):
-
-        class Pair(nn.Module):
-            def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-                return x, x
-
         find_facts(Pair(), input_size=8)
     with pytest.raises(ModelError, match="logits"):
         find_facts(nn.Conv2d(3, 4, 1), input_size=8)

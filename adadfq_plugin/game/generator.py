@@ -48,11 +48,15 @@ class GeneratorPlayer:
     ) -> None:
         self.teacher, self.settings, self.batch_size, self._rng = teacher, settings, batch_size, rng
         self.prior = PriorSum(
-            [(settings.gamma, BNStatistics(settings.bn_units == "relative")), (settings.tv, TotalVariation())], teacher.model
+            [
+                (settings.gamma, BNStatistics(settings.bn_units == "relative")),
+                (settings.tv, TotalVariation()),
+            ],
+            teacher.model,
         )
         self.generator = Generator(teacher.facts, settings.latent_dim, settings.generator_width).to(device)
         if teacher.facts.large:
-            self.generator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.generator.to(memory_format=torch.channels_last)
         self.parameters = list(self.generator.parameters())
         self.optimizer = torch.optim.Adam(
             self.parameters, lr=settings.generator_learning_rate, betas=(0.5, 0.999)

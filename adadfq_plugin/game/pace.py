@@ -11,9 +11,9 @@ from adadfq_plugin.teacher import Teacher
 
 __all__ = ["Pace", "Plan", "make_plan"]
 
-STEPS = {2: 2000, 3: 1500, 4: 1000, 5: 600, 6: 400, 7: 200, 8: 120}
+STEPS = {2: 800, 3: 600, 4: 400, 5: 300, 6: 200, 7: 120, 8: 80}
 """Training steps of Q by the narrowest width, for networks that are cheap to run."""
-WARMUP = {2: 1500, 3: 1500, 4: 1200, 5: 800, 6: 600, 7: 400, 8: 300}
+WARMUP = {2: 600, 3: 600, 4: 600, 5: 400, 6: 300, 7: 250, 8: 200}
 """Steps of the generator before Q joins, likewise."""
 CHEAP = 4e9
 """Multiply-adds of a batch's forward pass up to which a step counts as cheap."""

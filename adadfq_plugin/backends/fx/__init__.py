@@ -13,9 +13,10 @@ from torch.fx import GraphModule
 
 from adadfq_plugin.backends.fx.fake_quantize import LearnedFakeQuantize
 from adadfq_plugin.backends.fx.kernels import best_engine, has_vnni, using_engine
-from adadfq_plugin.backends.fx.prepared import ENGINE, FXPrepared, prepared_attributes
+from adadfq_plugin.backends.fx.prepared import ENGINE, IN_FLOAT, FXPrepared, prepared_attributes
 from adadfq_plugin.backends.fx.qconfig import qconfig_mapping
 from adadfq_plugin.backends.fx.traceable import traceable
+from adadfq_plugin.backends.fx.unquantizable import leave_in_float
 from adadfq_plugin.config import Scheme
 from adadfq_plugin.errors import DataError, ModelError
 
@@ -48,14 +49,17 @@ class FXBackend:
 
     def prepare(self, model: nn.Module, input_size: tuple[int, int, int], scheme: Scheme) -> nn.Module:
         """``prepare_qat_fx`` on an exact, traceable copy of a float model."""
-        traced = traceable(model, input_size)
+        engine = best_engine() if scheme.engine == "auto" else scheme.engine
         example = (torch.zeros(2, *input_size),)
-        prepared: GraphModule = prepare_qat_fx(traced.train(), qconfig_mapping(scheme), example)
+        with using_engine(engine):
+            traced, mapping, sites = leave_in_float(traceable(model, input_size), qconfig_mapping(scheme))
+            prepared: GraphModule = prepare_qat_fx(traced.train(), mapping, example)
         for name in ("pretrained_cfg", "num_classes"):
             if hasattr(model, name):
                 setattr(prepared, name, copy.deepcopy(getattr(model, name)))
         prepared.meta["adadfq_input_size"] = tuple(input_size)
-        prepared.meta[ENGINE] = best_engine() if scheme.engine == "auto" else scheme.engine
+        prepared.meta[ENGINE] = engine
+        prepared.meta[IN_FLOAT] = [f"{site.target} stays in float: {site.reason}" for site in sites]
         return prepared
 
     def open(self, prepared: nn.Module) -> FXPrepared:

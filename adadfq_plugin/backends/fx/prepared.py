@@ -22,11 +22,13 @@ from adadfq_plugin.backends.fx.kernels import adds_in_16_bits, has_vnni, largest
 from adadfq_plugin.contracts import Phase
 from adadfq_plugin.errors import ModelError
 
-__all__ = ["ENGINE", "FXPrepared", "prepared_attributes"]
+__all__ = ["ENGINE", "IN_FLOAT", "FXPrepared", "prepared_attributes"]
 
 ATTRIBUTES = "_observed_graph_module_attrs"
 ENGINE = "adadfq_engine"
 """Key of ``meta`` for the engine that a model was prepared for; without it, torch's current one."""
+IN_FLOAT = "adadfq_in_float"
+"""Key of ``meta`` for sentences about what was left in float."""
 INTEGER = (torch.quint8, torch.qint8)
 WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.ConvTranspose1d, nn.ConvTranspose2d)
 
@@ -63,7 +65,7 @@ class FXPrepared:
 
     def __init__(self, original: GraphModule) -> None:
         self._original = original
-        self.notes: list[str] = []
+        self.notes: list[str] = list(original.meta.get(IN_FLOAT, ()))
         self.engine: str = original.meta.get(ENGINE, torch.backends.quantized.engine)
         self.module: GraphModule = copy.deepcopy(original)
         self.trainable = bool(prepared_attributes(original).is_qat)

@@ -10,19 +10,20 @@ import copy
 import operator
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.ao.nn import quantized as nnq
 from torch.ao.quantization import QConfigMapping
-from torch.ao.quantization.quantize_fx import convert_fx, prepare_qat_fx
+from torch.ao.quantization.quantize_fx import prepare_qat_fx
 from torch.fx.node import _get_qualified_name
 
 from adadfq_plugin.backends.fx.calls import in_float
+from adadfq_plugin.backends.fx.prepared import FXPrepared
 from adadfq_plugin.backends.fx.traceable import INPUT_SIZE, KEPT_ATTRIBUTES
+from adadfq_plugin.contracts import Phase
 from adadfq_plugin.errors import UntraceableError
 
 __all__ = ["CallSite", "leave_in_float", "unquantizable"]
@@ -172,16 +173,13 @@ def _name(node: fx.Node) -> str:
 
 def _trial(traced: fx.GraphModule, mapping: QConfigMapping, images: Tensor) -> list[CallSite]:
     """Convert a copy of the model and return what fails in it, up to the first exception."""
-    model = copy.deepcopy(traced).train()
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
-            with torch.no_grad():  # QAT divides by the weight
-                module.weight[module.weight == 0] = 1.0
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        prepared = prepare_qat_fx(model, mapping, (images,)).eval()
-        prepared(images)
-        trial = _Trial(convert_fx(prepared))
+        opened = FXPrepared(prepare_qat_fx(copy.deepcopy(traced).train(), mapping, (images,)))
+        with opened.phase(Phase.OBSERVE):
+            opened.module(images)
+        opened.set_ranges("minmax")
+        trial = _Trial(cast(fx.GraphModule, opened.convert()))
         with contextlib.suppress(_Stopped):
             trial.run_nodes(images)
     return trial.sites
