@@ -320,6 +320,8 @@ def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
         >>> import torch
         >>> channel_moments(torch.tensor([[1.0, 0.0], [3.0, 0.0]]))
         (tensor([2., 0.]), tensor([1., 0.]))
+
+    Source: the batch statistics of Ioffe and Szegedy, "Batch Normalization", ICML 2015, algorithm 1.
     """
     if x.ndim < 2 or not x.numel():
         raise ValueError(f"x must have the shape (N, C, ...) and elements; got {_shape(x)}")

@@ -21,8 +21,11 @@ from torch.ao.quantization import (
 )
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_qat_fx
 
+from adadfq_plugin.backends.fx import FXBackend
 from adadfq_plugin.backends.fx.traceable import INPUT_SIZE, traceable
 from adadfq_plugin.backends.fx.unquantizable import leave_in_float, unquantizable
+from adadfq_plugin.config import Scheme
+from adadfq_plugin.contracts import Phase
 from adadfq_plugin.errors import UntraceableError
 
 timm = pytest.importorskip("timm")
@@ -356,10 +359,15 @@ def test_suitable_models_have_no_unquantizable_parts() -> None:
     assert unquantizable(traced, seven_bits()) == []
 
 
-def test_concatenation_of_differently_quantized_tensors_is_left_in_float() -> None:
-    traced = traceable(timm.create_model("test_vit", num_classes=10), 160)  # the class token
-    model, mapping, sites = leave_in_float(traced, get_default_qat_qconfig_mapping("x86"))
-    assert [(site.target, site.index) for site in sites] == [("torch.cat", 0)]
-    assert torch.cat not in functions(model)
-    assert model.num_classes == 10
-    assert converted_and_error(model, mapping)[1] < 0.5
+def test_concatenated_tensors_share_their_levels() -> None:
+    model = timm.create_model("test_vit", num_classes=10).eval()
+    scheme = Scheme(engine="x86")
+    opened = FXBackend().open(FXBackend().prepare(model, (3, 160, 160), scheme))  # the class token
+    images = torch.randn(4, 3, 160, 160)
+    with torch.no_grad(), opened.phase(Phase.OBSERVE):
+        opened.module(images)
+    opened.set_ranges()
+    with torch.no_grad(), opened.phase(Phase.EVALUATE):
+        fake = opened.module(images)
+    assert opened.module.num_classes == 10
+    assert (opened.convert()(images) - fake).abs().mean() < 0.1 * fake.std()
