@@ -58,10 +58,12 @@ class Settings(_Frozen):
     optimizer: Literal["adam", "sgd"] = Field("adam", description="optimiser of Q")
     learning_rate: Rate | None = Field(
         None,
-        description="initial learning rate of Q's weights; unset: 5e-4 at 4 bits, halved for each bit more",
+        description="initial learning rate of Q's weights, under adam in quantization steps of each channel; "
+        "unset: 0.015 (sgd needs a rate of its own)",
     )
     step_size_learning_rate: Rate | None = Field(
-        None, description="learning rate of the step sizes, relative to each; unset: as learning_rate"
+        None,
+        description="learning rate of the step sizes, relative to each; unset: 5e-4 at 4 bits, half per bit more",
     )
     weight_decay: NonNegative = Field(0.0, description="weight decay of Q's weights")
     schedule: Literal["cosine", "stages"] = Field("cosine", description="decay of Q's learning rates")

@@ -67,12 +67,10 @@ class Prepared(Protocol):
     module: nn.Module
     trainable: bool
     """False for models that only observe (``prepare_fx``): nothing is trained."""
+    lowest_bits: int
+    """Narrowest weight or activation that was asked for, in bits."""
     notes: list[str]
     """Sentences for the report: what the backend decided and why."""
-
-    @property
-    def lowest_bits(self) -> int:
-        """Narrowest weight or activation of the network, in bits."""
 
     def phase(self, phase: Phase) -> AbstractContextManager[None]:
         """Switches observers and fake quantizers; restores them at the end of the ``with``."""
@@ -82,6 +80,9 @@ class Prepared(Protocol):
 
     def weights(self) -> Sequence[nn.Parameter]:
         """The parameters of the network itself."""
+
+    def weight_units(self) -> Sequence[Tensor]:
+        """What a small change of each of ``weights`` is: the quantization step of its channel, broadcastable."""
 
     def steps(self) -> Sequence[nn.Parameter]:
         """The learned step sizes (scales) of the fake quantizers."""

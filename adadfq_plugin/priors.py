@@ -50,7 +50,7 @@ class BNStatistics:
         fresh = [
             name
             for name, layer in layers.items()
-            if bool((layer.running_mean == 0).all()) and bool((layer.running_var == 1).all())  # type: ignore[operator,union-attr]
+            if bool((layer.running_mean == 0).all()) and bool((layer.running_var == 1).all())  # type: ignore[union-attr]
         ]
         if len(fresh) == len(layers):
             return (

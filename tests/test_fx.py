@@ -258,6 +258,23 @@ def test_wide_depthwise_convolutions_convert() -> None:
     assert (fake - converted).abs().mean() <= 0.05 * fake.std()
 
 
+def test_transposed_convolutions_convert() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.ConvTranspose2d(8, 4, 2, stride=2),
+        nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5),
+    )  # fmt: skip
+    with torch.no_grad():
+        model(models.images(64))
+    prepared = models.prepared(8, model)
+    opened = FXBackend().open(prepared)
+    batch = models.images(64)
+    observed(opened, batch)
+    opened.commit()
+    with torch.no_grad():
+        fake, converted = prepared.eval()(batch), convert_fx(copy.deepcopy(prepared))(batch)
+    assert (fake - converted).abs().mean() <= 0.05 * fake.std()
+
+
 def test_engine_is_restored_and_named_when_missing() -> None:
     before = torch.backends.quantized.engine
     with pytest.raises(ZeroDivisionError), using_engine(best_engine()):

@@ -13,7 +13,7 @@ __all__ = ["Pace", "Plan", "make_plan"]
 
 STEPS = {2: 800, 3: 600, 4: 400, 5: 300, 6: 200, 7: 120, 8: 80}
 """Training steps of Q by the narrowest width, for networks that are cheap to run."""
-WARMUP = {2: 600, 3: 600, 4: 600, 5: 400, 6: 300, 7: 250, 8: 200}
+WARMUP = {2: 600, 3: 600, 4: 600, 5: 400, 6: 300, 7: 200, 8: 160}
 """Steps of the generator before Q joins, likewise."""
 CHEAP = 4e9
 """Multiply-adds of a batch's forward pass up to which a step counts as cheap."""

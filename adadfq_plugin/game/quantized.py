@@ -13,14 +13,18 @@ from adadfq_plugin.contracts import Prepared
 from adadfq_plugin.functional import kl_divergence_loss, quantized_loss
 from adadfq_plugin.game.pace import Pace
 
-__all__ = ["QuantizedPlayer", "default_learning_rate"]
+__all__ = ["QuantizedPlayer", "default_step_rate"]
 
 
-def default_learning_rate(bits: int) -> float:
-    """In proportion to a quantization step: 5e-4 at four bits, halved with every bit more.
+RATE = 0.015
+"""Default learning rate of the weights under Adam, in quantization steps of each channel."""
+
+
+def default_step_rate(bits: int) -> float:
+    """Learning rate of the logarithms of the step sizes: fewer levels, more to gain.
 
     Example:
-        >>> default_learning_rate(4), default_learning_rate(8)
+        >>> default_step_rate(4), default_step_rate(8)
         (0.0005, 3.125e-05)
     """
     return 5e-4 * 2.0 ** (4 - bits)
@@ -28,6 +32,9 @@ def default_learning_rate(bits: int) -> float:
 
 class QuantizedPlayer:
     """Loss, optimiser and schedule of Q; step sizes learn beside the weights.
+
+    Adam's rate is a fraction of each channel's quantization step: with BatchNorm folded, the weights of
+    different channels differ by orders of magnitude, and one absolute rate would wipe out the small ones.
 
     Args:
         prepared: the private copy of the prepared network.
@@ -40,17 +47,18 @@ class QuantizedPlayer:
         steps = list(prepared.steps()) if settings.learn_step_sizes else []
         for step in steps:
             step.requires_grad_(True)
-        rate = settings.learning_rate or default_learning_rate(prepared.lowest_bits)
+        rate = settings.learning_rate or RATE
         self.parameters: list[nn.Parameter] = [*prepared.weights(), *steps]
         groups = [{"params": list(prepared.weights()), "lr": rate, "weight_decay": settings.weight_decay}]
         if steps:
-            relative = settings.step_size_learning_rate or default_learning_rate(prepared.lowest_bits)
+            relative = settings.step_size_learning_rate or default_step_rate(prepared.lowest_bits)
             groups.append({"params": steps, "lr": relative, "weight_decay": 0.0})
         self.optimizer: torch.optim.Optimizer
         if settings.optimizer == "adam":
             self.optimizer = torch.optim.Adam(groups)
         else:
             self.optimizer = torch.optim.SGD(groups, lr=rate, momentum=0.9, nesterov=True)
+        self._units = list(prepared.weight_units()) if settings.optimizer == "adam" else []
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
 
     def loss(self, z_p: Tensor, z_q: Tensor) -> Tensor:
@@ -69,7 +77,11 @@ class QuantizedPlayer:
             group["lr"] = rate * self._decay()
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
+        before = [parameter.detach().clone() for parameter in self.parameters[: len(self._units)]]
         self.optimizer.step()
+        with torch.no_grad():
+            for parameter, old, unit in zip(self.parameters, before, self._units, strict=False):
+                parameter.copy_(torch.addcmul(old, parameter - old, unit))
         self.optimizer.zero_grad(set_to_none=True)
 
     def _decay(self) -> float:

@@ -6,10 +6,10 @@ import copy
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.ao.quantization import QConfig
 from torch.ao.quantization.fake_quantize import FakeQuantizeBase, FixedQParamsFakeQuantize
 from torch.ao.quantization.observer import ObserverBase, PlaceholderObserver
@@ -70,8 +70,11 @@ class FXPrepared:
         self.module: GraphModule = copy.deepcopy(original)
         self.trainable = bool(prepared_attributes(original).is_qat)
         fold_batch_norm(self.module)
+        self.lowest_bits = 8
+        """Narrowest weight or activation that was asked for, in bits; 8 where torch.ao's observers decide."""
         if self.trainable:
             self._learn_quantizers()
+            self.lowest_bits = min((quantizer.bits for quantizer in self._quantizers()), default=8)
             self._widen_boundary()
             self._fit_kernels()
             self._mark_averages()
@@ -164,11 +167,6 @@ class FXPrepared:
                 "prepare it with a QConfig for Conv2d and Linear"
             )
 
-    @property
-    def lowest_bits(self) -> int:
-        """Narrowest weight or activation, in bits; 8 where torch.ao's observers decide."""
-        return min((quantizer.bits for quantizer in self._quantizers()), default=8)
-
     # -- phases ------------------------------------------------------------------------------------
 
     @contextmanager
@@ -213,6 +211,21 @@ class FXPrepared:
         steps = {id(step) for step in self.steps()}
         parameters = self.module.parameters()
         return [each for each in parameters if each.requires_grad and id(each) not in steps]
+
+    def weight_units(self) -> Sequence[Tensor]:
+        """The step of each weight's channel; a bias takes that of its weight times the root of the fan-in."""
+        units: dict[int, Tensor] = {}
+        for module in self.module.modules():
+            quantizer = getattr(module, "weight_fake_quant", None)
+            if not isinstance(quantizer, LearnedFakeQuantize):
+                continue
+            weight, bias = cast(nn.Parameter, module.weight), cast("nn.Parameter | None", module.bias)
+            scale = quantizer.scale.detach()
+            units[id(weight)] = scale.view(-1, *[1] * (weight.ndim - 1)) if quantizer.per_channel else scale
+            if bias is not None:
+                units[id(bias)] = scale * weight[0].numel() ** 0.5
+        # what is not quantized (an affine BatchNorm) moves by a hundredth of its size
+        return [units.get(id(each), each.detach().abs().mean() / 100) for each in self.weights()]
 
     def steps(self) -> Sequence[nn.Parameter]:
         """Logarithms of the step sizes."""

@@ -42,7 +42,10 @@ def qconfig_mapping(scheme: Scheme, *, float_modules: Iterable[str] = ()) -> QCo
     )
     channels = {"dtype": torch.qint8, "qscheme": torch.per_channel_symmetric}
     weight = factory(quant_min=lowest, quant_max=2 ** (bits - 1) - 1, ch_axis=0, **channels)
-    transposed = factory(quant_min=lowest, quant_max=2 ** (bits - 1) - 1, ch_axis=1, **channels)
+    # torch.ao's transposed convolutions take no scale per channel
+    transposed = factory(
+        quant_min=lowest, quant_max=2 ** (bits - 1) - 1, dtype=torch.qint8, qscheme=torch.per_tensor_symmetric
+    )
     mapping = QConfigMapping().set_global(QConfig(activation=activation, weight=weight))
     for kind in (torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d):
         mapping.set_object_type(kind, QConfig(activation=activation, weight=transposed))
