@@ -93,7 +93,7 @@ class FXBackend:
             DataError: the file is missing or is no TorchScript archive.
         """
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), using_engine(best_engine()):
                 warnings.simplefilter("ignore")
                 loaded: nn.Module = torch.jit.load(str(path))
         except (RuntimeError, ValueError, OSError) as error:

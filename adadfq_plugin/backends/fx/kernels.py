@@ -26,22 +26,37 @@ def has_vnni() -> bool:
     return bool(torch.cpu._is_vnni_supported())
 
 
-def best_engine(supported: list[str] | None = None, machine: str | None = None) -> str:
-    """The engine to prepare for on this machine.
+def best_engine(
+    supported: list[str] | None = None, machine: str | None = None, vnni: bool | None = None
+) -> str:
+    """The fastest engine of this machine.
+
+    With VNNI that is oneDNN: on `tf_efficientnet_lite0` it took a fifth of the time of x86, whose depthwise kernels
+    are fbgemm's.
 
     Args:
         supported: names that torch was built with; None: ask torch.
         machine: processor architecture; None: ask the platform.
+        vnni: whether the CPU has VNNI; None: ask torch.
+
+    Raises:
+        SettingsError: this build of torch has no quantized engine.
 
     Example:
-        >>> best_engine(["qnnpack", "onednn", "x86", "fbgemm"], "x86_64")
-        'x86'
-        >>> best_engine(["qnnpack", "onednn"], "aarch64")
+        >>> names = ["qnnpack", "onednn", "x86", "fbgemm"]
+        >>> best_engine(names, "x86_64", True), best_engine(names, "x86_64", False)
+        ('onednn', 'x86')
+        >>> best_engine(["qnnpack", "onednn"], "aarch64", False)
         'qnnpack'
     """
     names = supported if supported is not None else list(torch.backends.quantized.supported_engines)
-    arm = (machine or platform.machine()).lower() in ("aarch64", "arm64")
-    for name in ("qnnpack", "onednn") if arm else ("x86", "fbgemm", "onednn", "qnnpack"):
+    if (machine or platform.machine()).lower() in ("aarch64", "arm64"):
+        order: tuple[str, ...] = ("qnnpack", "onednn")
+    elif has_vnni() if vnni is None else vnni:
+        order = ("onednn", "x86", "fbgemm", "qnnpack")
+    else:
+        order = ("x86", "fbgemm", "onednn", "qnnpack")
+    for name in order:
         if name in names:
             return name
     raise SettingsError(

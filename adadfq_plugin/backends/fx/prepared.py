@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 
 from adadfq_plugin.backends.fx.fake_quantize import LearnedFakeQuantize
 from adadfq_plugin.backends.fx.folding import float_copy, fold_batch_norm, is_quantizer, replace_module, sites
-from adadfq_plugin.backends.fx.kernels import adds_in_16_bits, has_vnni, largest_weight, using_engine
+from adadfq_plugin.backends.fx.kernels import GROUPS, adds_in_16_bits, has_vnni, largest_weight, using_engine
 from adadfq_plugin.contracts import Phase
 from adadfq_plugin.errors import ModelError
 
@@ -123,7 +123,9 @@ class FXPrepared:
 
         The weights give way, not the activations: they are per channel, and need no clamp in the kernel.
         """
-        engine, vnni, narrowed = self.engine, has_vnni(), 0
+        vnni, narrowed = has_vnni(), 0
+        # a saved model is packed for the reader's engine, which is x86 unless told otherwise
+        engines = {self.engine, "x86"} if self.engine in GROUPS else {self.engine}
         for node in self._activation_nodes():
             quantizer = self._quantizer_of(node)
             if quantizer is None or quantizer.dtype != torch.quint8:
@@ -133,7 +135,7 @@ class FXPrepared:
                 groups = (
                     int(getattr(self.module.get_submodule(str(user.target)), "groups", 1)) if weight else 1
                 )
-                if weight is None or not adds_in_16_bits(engine, vnni, groups):
+                if weight is None or not any(adds_in_16_bits(engine, vnni, groups) for engine in engines):
                     continue
                 limit = largest_weight(quantizer.quant_max)
                 if max(-weight.quant_min, weight.quant_max) > limit:
@@ -141,7 +143,8 @@ class FXPrepared:
                     narrowed += 1
         if narrowed:
             self.notes.append(
-                f"{narrowed} layers have 7-bit weights: the {engine} kernels of this CPU overflow on 8"
+                f"{narrowed} layers have 7-bit weights: kernels of this CPU ({', '.join(sorted(engines))}) "
+                "overflow on 8"
             )
 
     def _mark_averages(self) -> None:
