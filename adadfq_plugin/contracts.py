@@ -64,13 +64,16 @@ class Prior(Protocol):
 class Prepared(Protocol):
     """A private copy of the user's prepared model; the user's own is touched by ``commit`` alone."""
 
-    module: nn.Module
     trainable: bool
     """False for models that only observe (``prepare_fx``): nothing is trained."""
     lowest_bits: int
     """Narrowest weight or activation that was asked for, in bits."""
     notes: list[str]
     """Sentences for the report: what the backend decided and why."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The private copy."""
 
     def phase(self, phase: Phase) -> AbstractContextManager[None]:
         """Switches observers and fake quantizers; restores them at the end of the ``with``."""

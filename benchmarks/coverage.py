@@ -65,6 +65,7 @@ def fill(row: Row) -> None:
     settings = {"samples": IMAGES, "batch_size": 4, "range_samples": IMAGES, "steps": 3}
     adadfq_plugin.calibrate(prepared, method="noise", settings=settings, input_size=size)
     prepared = prepared.eval()
+    assert isinstance(prepared, fx.GraphModule)
     with torch.no_grad():
         expected = first(prepared(images))
         unquantized = first(copy.deepcopy(prepared).apply(disable_fake_quant)(images))

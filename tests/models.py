@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
 
 from adadfq_plugin.backends.fx import qconfig_mapping
 from adadfq_plugin.config import Scheme
@@ -32,10 +33,10 @@ class Residual(nn.Module):
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.relu(self.bn2(self.conv2(x)) + x)
         x = self.relu(self.bn3(self.conv3(x)))
-        return self.linear(self.pool(x).flatten(1))
+        return cast(Tensor, self.linear(self.pool(x).flatten(1)))
 
 
-def trained(width: int = 8, classes: int = CLASSES, seed: int = 0) -> nn.Module:
+def trained(width: int = 8, classes: int = CLASSES, seed: int = 0) -> Any:
     """A network whose BatchNorm layers have seen data; eval mode. Needs the ``seeded`` fixture."""
     torch.manual_seed(seed)
     model = Residual(width, classes)
@@ -56,7 +57,7 @@ def images(count: int) -> Tensor:
     return nn.functional.interpolate(torch.randn(count, 3, 4, 4), size=SIZE[1:], mode="bilinear")
 
 
-def prepared(bits: int = 8, model: nn.Module | None = None) -> GraphModule:
+def prepared(bits: int = 8, model: nn.Module | None = None) -> Any:
     """A model of ``prepare_qat_fx`` at WxAx."""
     from torch.ao.quantization.quantize_fx import prepare_qat_fx
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import models
 import pytest
 import torch
@@ -60,7 +62,7 @@ def test_statistics_prior_is_zero_on_its_own_statistics() -> None:
     with torch.no_grad():
         model(batch)
     model.eval()
-    first = nn.Sequential(model.conv1, model.bn1)  # type: ignore[arg-type]
+    first = nn.Sequential(model.conv1, model.bn1)
     with torch.no_grad(), BNStatistics().watch(first) as loss:
         first(batch)
         own = loss()
@@ -164,7 +166,7 @@ def test_facts_by_trial() -> None:
             self.linear = nn.Linear(4 * 14 * 14, 3)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.linear(self.conv(x).flatten(1))
+            return cast(torch.Tensor, self.linear(self.conv(x).flatten(1)))
 
     facts = find_facts(Fixed())
     assert facts.input_size == (1, 28, 28)
