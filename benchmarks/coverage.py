@@ -167,8 +167,8 @@ def write_table(rows: dict[str, Row]) -> None:
     lines = [
         "# timm families through FX quantization",
         "",
-        f"{passed} of {len(done)} families go the whole way at W8A8: `adadfq_plugin.prepare`,",
-        "`adadfq_plugin.calibrate` (noise, three training steps),",
+        f"Of {len(rows)} families {len(done)} have been run; {passed} of these go the whole way at W8A8:",
+        "`adadfq_plugin.prepare`, `adadfq_plugin.calibrate` (noise, three training steps),",
         "`convert_fx`, and a run of the integer model. One architecture for each",
         "family, the one with the fewest parameters, randomly initialised. Integer: share of the multiply-adds of",
         "convolutions, linear layers and matrix products that integer modules do. Agreement: top-1 of the converted",
