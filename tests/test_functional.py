@@ -567,3 +567,15 @@ def test_every_function_is_documented_alike() -> None:
         parts = [".. math::", "Args:", "Returns:", "Raises:", "Example:", ">>> ", "Source: "]
         assert [part for part in parts if part not in doc] == [], name
         assert [p for p in inspect.signature(function).parameters if f"    {p}: " not in doc] == [], name
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_channel_moments_against_numpy_and_gradcheck(layout: torch.memory_format) -> None:
+    values = np.random.default_rng(0).normal(2.0, 3.0, (3, 4, 5, 2))
+    x = torch.from_numpy(values).to(memory_format=layout).requires_grad_()
+    mean, variance = functional.channel_moments(x)
+    np.testing.assert_allclose(mean.detach().numpy(), values.mean((0, 2, 3)))
+    np.testing.assert_allclose(variance.detach().numpy(), values.var((0, 2, 3)))
+    assert torch.autograd.gradcheck(functional.channel_moments, (x,))
+    with pytest.raises(ValueError, match="x must have the shape"):
+        functional.channel_moments(torch.zeros(3))

@@ -241,6 +241,18 @@ def test_largest_weight_never_overflows(activation: int) -> None:
     assert 2 * activation * (largest_weight(activation) + 1) > 32767
 
 
+def fake_and_converted(model: nn.Module) -> tuple[Tensor, Tensor]:
+    """Logits at W8A8 of the calibrated model and of what the user's own convert makes of it."""
+    prepared = models.prepared(8, model)
+    opened = FXBackend().open(prepared)
+    batch = models.images(64)
+    observed(opened, batch)
+    opened.commit()
+    with torch.no_grad():
+        fake, converted = prepared.eval()(batch), convert_fx(copy.deepcopy(prepared))(batch)
+    return fake, converted
+
+
 def test_wide_depthwise_convolutions_convert() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 144, 1), nn.BatchNorm2d(144), nn.ReLU(), nn.Conv2d(144, 144, 3, padding=1, groups=144),
@@ -251,13 +263,7 @@ def test_wide_depthwise_convolutions_convert() -> None:
             cast(nn.Conv2d, model[3]).weight, 0, 0.5
         )  # one sign: the worst case for sums of two products
         model(models.images(64))
-    prepared = models.prepared(8, model)
-    opened = FXBackend().open(prepared)
-    batch = models.images(64)
-    observed(opened, batch)
-    opened.commit()
-    with torch.no_grad():
-        fake, converted = prepared.eval()(batch), convert_fx(copy.deepcopy(prepared))(batch)
+    fake, converted = fake_and_converted(model)
     assert (fake - converted).abs().mean() <= 0.05 * fake.std()
 
 
@@ -268,13 +274,7 @@ def test_transposed_convolutions_convert() -> None:
     )  # fmt: skip
     with torch.no_grad():
         model(models.images(64))
-    prepared = models.prepared(8, model)
-    opened = FXBackend().open(prepared)
-    batch = models.images(64)
-    observed(opened, batch)
-    opened.commit()
-    with torch.no_grad():
-        fake, converted = prepared.eval()(batch), convert_fx(copy.deepcopy(prepared))(batch)
+    fake, converted = fake_and_converted(model)
     assert (fake - converted).abs().mean() <= 0.5 * fake.std()  # torch.ao fake-quantizes no weights of these
 
 

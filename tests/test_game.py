@@ -72,6 +72,18 @@ def test_statistics_prior_is_zero_on_its_own_statistics() -> None:
     assert other > 10 * own
 
 
+def test_relative_statistics_against_numpy() -> None:
+    model, batch = models.trained(), models.images(8)
+    bn, x = model.bn1, model.conv1(batch).detach().double().numpy()
+    mean, deviation = bn.running_mean.double().numpy(), (bn.running_var.double().numpy() + bn.eps) ** 0.5
+    expected = (((x.mean((0, 2, 3)) - mean) / deviation) ** 2).mean()
+    expected += ((x.std((0, 2, 3)) / deviation - 1) ** 2).mean()
+    first = nn.Sequential(model.conv1, bn)
+    with torch.no_grad(), BNStatistics().watch(first) as loss:
+        first(batch)
+        assert abs(loss().item() - expected) < 1e-4 * expected
+
+
 def test_priors_add_up_and_leave_no_hooks() -> None:
     model = models.trained()
     prior = PriorSum([(2.0, BNStatistics()), (3.0, TotalVariation()), (0.0, TotalVariation())], model)

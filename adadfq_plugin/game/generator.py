@@ -122,8 +122,7 @@ class GeneratorPlayer:
     def update(self, gradients: list[Tensor]) -> None:
         """One update in the game: from gradients in the order of ``parameters``, at the rate it has cooled to.
 
-        A generator that starts the game hot forgets P's statistics: measured at W4A4 on ResNet-20, its samples
-        are then worth less than those of a generator that doesn't play.
+        That a cooler rate is better has not been shown: one seed gave 86.8 with it and 87.0 at the full rate.
         """
         self._apply(gradients, PLAYING)
 
