@@ -46,7 +46,7 @@ class Settings(_Frozen):
     """What every method has: how many samples, and how the quantized network Q learns from them."""
 
     samples: Positive | None = Field(
-        None, description="synthetic images kept for Q to learn from; unset: 2048 up to 64 pixels, else 256"
+        None, description="synthetic images kept for Q to learn from; unset: 1024 up to 64 pixels, else 64"
     )
     batch_size: Positive | None = Field(
         None, description="images in a training step of Q; unset: 64 up to 64 pixels, else 16"
@@ -91,6 +91,12 @@ class GeneratorSettings(Settings):
     )
     warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
         None, description="steps of the generator before Q joins; unset: from the network's cost"
+    )
+    refine_steps: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="steps of each kept batch of images themselves down G's loss; unset: from the bits"
+    )
+    refine_rate: Rate = Field(
+        0.025, description="learning rate of the pixels (Adam), as a share of the range of valid pixels"
     )
     gamma: NonNegative = Field(10.0, description="weight of the BatchNorm-statistics loss")
     bn_units: Literal["relative", "absolute"] = Field(

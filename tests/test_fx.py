@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import cast
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import models
 import pytest
@@ -19,12 +21,13 @@ from torch.ao.quantization.fake_quantize import FakeQuantize
 from torch.ao.quantization.observer import MinMaxObserver, PerChannelMinMaxObserver
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx, prepare_qat_fx
 
-from adadfq_plugin.backends.fx import FXBackend, best_engine, using_engine
+from adadfq_plugin.backends.fx import FXBackend, FXPrepared, best_engine, qconfig_mapping, using_engine
 from adadfq_plugin.backends.fx import kernels as kernels_module
 from adadfq_plugin.backends.fx import prepared as prepared_module
 from adadfq_plugin.backends.fx.fake_quantize import LearnedFakeQuantize
 from adadfq_plugin.backends.fx.folding import float_copy, fold_batch_norm
 from adadfq_plugin.backends.fx.kernels import largest_weight
+from adadfq_plugin.config import Scheme
 from adadfq_plugin.contracts import Backend, Phase, Prepared
 from adadfq_plugin.errors import DataError, ModelError, SettingsError
 
@@ -326,3 +329,71 @@ def test_saved_model_reloads(tmp_path: object) -> None:
     path.write_bytes(b"not a model")
     with pytest.raises(DataError, match=r"model\.pt"):
         FXBackend().load(path)
+
+
+class _Inverted(nn.Module):
+    """Convolutions with activations of their own bounds behind them."""
+
+    def __init__(self, activation: nn.Module, shared: bool = False) -> None:
+        super().__init__()
+        self.expand, self.project = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.activation, self.shared, self.fc = activation, shared, nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.expand(x)
+        y = self.project(self.activation(inner))
+        return self.fc((y + inner if self.shared else y).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("activation", "top"),
+    [(nn.ReLU6(), 6.0), (nn.Hardtanh(0.0, 3.0), 3.0)],
+    ids=["relu6", "hardtanh"],
+)
+def test_bounded_activations_take_all_levels(activation: nn.Module, top: float) -> None:
+    torch.manual_seed(0)
+    model = _Inverted(activation)
+    model.expand.weight.data *= 40
+    x = torch.randn(8, 3, 8, 8)
+    prepared = prepare_qat_fx(model.train(), qconfig_mapping(Scheme()), (x,))
+    opened = FXPrepared(prepared)
+    assert not [node for node in opened.module.graph.nodes if node.target == "activation"]
+    (quantizer,) = [each for each in opened.module.modules() if getattr(each, "limits", None) is not None]
+    assert isinstance(quantizer, LearnedFakeQuantize)
+    with torch.no_grad(), opened.phase(Phase.OBSERVE):
+        torch.testing.assert_close(opened.module(x), model.eval()(x))  # the bounds hold without rounding too
+    opened.set_ranges("mse")
+    low, high = quantizer.bounds()
+    assert low == 0
+    assert 0.9 * top < high <= 1.001 * top
+    with torch.no_grad(), opened.phase(Phase.EVALUATE):
+        fake = opened.module(x)
+    converted = opened.convert()(x)
+    assert (fake - converted).abs().mean() <= 0.01 * fake.std()
+    assert (model(x) - converted).abs().mean() <= 0.05 * fake.std()
+
+
+def test_a_clamp_stays_where_its_input_is_used_elsewhere() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 8, 8)
+    model = _Inverted(nn.ReLU6(), shared=True)
+    prepared = prepare_qat_fx(model.train(), qconfig_mapping(Scheme()), (x,))
+    opened = FXPrepared(prepared)
+    assert [node for node in opened.module.graph.nodes if node.target == "activation"]
+    assert not [each for each in opened.module.modules() if getattr(each, "limits", None) is not None]
+
+
+def test_saved_archive_is_compressed_and_gives_the_same(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 8, 8)
+    opened = FXPrepared(prepare_qat_fx(_Inverted(nn.ReLU6()).train(), qconfig_mapping(Scheme()), (x,)))
+    with torch.no_grad(), opened.phase(Phase.OBSERVE):
+        opened.module(x)
+    opened.set_ranges("mse")
+    converted, backend, path = opened.convert(), FXBackend(), tmp_path / "quantized.pt"
+    backend.save(converted, x, path)
+    assert [each.name for each in tmp_path.iterdir()] == ["quantized.pt"]
+    with ZipFile(path) as archive:
+        assert all(item.compress_type == ZIP_DEFLATED for item in archive.infolist() if item.file_size > 64)
+    with torch.no_grad():
+        torch.testing.assert_close(backend.load(path)(x), converted(x), rtol=0, atol=0)

@@ -11,9 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from adadfq_plugin.backends.fx import FXPrepared
 from adadfq_plugin.config import AdaDFQSettings, GeneratorSettings, Settings
+from adadfq_plugin.contracts import Phase
 from adadfq_plugin.errors import ModelError
 from adadfq_plugin.game import GeneratorPlayer, Pace, ReplayPool, augment, make_plan
+from adadfq_plugin.game.quantized import QuantizedPlayer
 from adadfq_plugin.generators import Generator
 from adadfq_plugin.priors import BNStatistics, PriorSum, TotalVariation, batch_norms
 from adadfq_plugin.teacher import Facts, Teacher, find_facts, make_teacher, multiply_adds
@@ -148,6 +151,13 @@ def test_plan_follows_bits_and_cost() -> None:
 
 
 def test_pace_counts_or_follows_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    limited = make_plan(
+        GeneratorSettings(samples=128, batch_size=32),
+        Teacher(nn.Identity(), Facts((3, 8, 8), 3)),
+        4,
+        10,
+    )
+    assert limited.pace("samples").seconds == pytest.approx(600 * 0.35 / 4)
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     pace = Pace(10**6, seconds=10)
@@ -168,6 +178,68 @@ def test_warm_up_lowers_the_loss_and_p_gets_no_gradients() -> None:
     assert sum(rows[-1].values()) < 0.7 * sum(rows[0].values())
     assert all(parameter.grad is None for parameter in teacher.model.parameters())
     assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
+
+
+def test_refined_images_are_better_and_still_images() -> None:
+    facts = Facts(models.SIZE, models.CLASSES)
+    teacher = make_teacher(models.trained(), facts)
+    settings = AdaDFQSettings(latent_dim=8, generator_width=16)
+    player = GeneratorPlayer(teacher, settings, 16, torch.Generator().manual_seed(0), torch.device("cpu"))
+    images, labels = player.sample()
+    before = images.clone()
+
+    def loss(batch: torch.Tensor) -> float:
+        with torch.no_grad(), player.watching() as prior:
+            return nn.functional.cross_entropy(teacher(batch), labels).item() + prior().item()
+
+    with player.watching() as prior:
+        refined, figures = player.refine(prior, images, labels, Pace(60))
+        same, _ = player.refine(prior, images, labels, Pace(0))
+    assert loss(refined) < 0.9 * loss(images)
+    assert set(figures) == {"prior", "cross_entropy"}
+    pixels = facts.denormalize(refined)
+    assert pixels.min() >= -1e-6
+    assert pixels.max() <= 1 + 1e-6
+    assert torch.equal(images, before)
+    assert torch.equal(same, images)
+    assert not refined.requires_grad
+    assert all(parameter.grad is None for parameter in (*teacher.model.parameters(), *player.parameters))
+
+
+def test_refining_with_q_looks_for_disagreement() -> None:
+    teacher = make_teacher(models.trained(), Facts(models.SIZE, models.CLASSES))
+    settings = AdaDFQSettings(latent_dim=8, generator_width=16, gamma=0.0, alpha_ds=1.0, alpha_as=0.0)
+    player = GeneratorPlayer(teacher, settings, 32, torch.Generator().manual_seed(0), torch.device("cpu"))
+    images, labels = player.sample()
+    weight = torch.randn(models.CLASSES, models.CLASSES) * 0.5
+
+    def quantized(batch: torch.Tensor) -> torch.Tensor:
+        logits = teacher(batch)
+        return logits + logits @ weight
+
+    with player.watching() as prior:
+        _, first = player.refine(prior, images, labels, Pace(1), quantized)
+        _, last = player.refine(prior, images, labels, Pace(60), quantized)
+    assert last["balance"] < 0.9 * first["balance"]
+
+
+def test_updates_that_are_not_finite_are_left_out() -> None:
+    opened = FXPrepared(models.prepared())
+    batch = models.images(8)
+    with torch.no_grad(), opened.phase(Phase.OBSERVE):
+        opened.module(batch)
+    opened.set_ranges("mse")
+    learner = QuantizedPlayer(opened, Settings(), Pace(2))
+    with opened.phase(Phase.TRAIN):
+        z_q = opened.module(batch)
+        good = torch.autograd.grad(learner.loss(z_q.detach() + torch.randn_like(z_q), z_q), learner.parameters)
+    before = [parameter.detach().clone() for parameter in learner.parameters]
+    learner.update([good[0] * torch.nan, *good[1:]])
+    assert learner.skipped == 1
+    assert all(map(torch.equal, before, learner.parameters))
+    learner.update(good)
+    assert learner.skipped == 1
+    assert not all(map(torch.equal, before, learner.parameters))
 
 
 def test_facts_by_trial() -> None:

@@ -17,6 +17,7 @@ from adadfq_plugin.functional import (
     normalized_information,
 )
 from adadfq_plugin.game.pace import Pace
+from adadfq_plugin.game.pool import augment
 from adadfq_plugin.generators import Generator
 from adadfq_plugin.priors import BNStatistics, PriorSum, TotalVariation
 from adadfq_plugin.teacher import Teacher
@@ -84,10 +85,64 @@ class GeneratorPlayer:
     def warm_up(self, prior: Callable[[], Tensor], pace: Pace) -> dict[str, float]:
         """One step without Q: the prior, and labels that P recognises."""
         images, labels = self.make()
-        classification = nn.functional.cross_entropy(self.teacher(images), labels)
-        statistics = prior()
-        self._step(torch.autograd.grad(statistics + classification, self.parameters), pace.fraction)
-        return {"prior": statistics.item(), "cross_entropy": classification.item()}
+        loss, figures = self._recognised(prior, self.teacher(images), labels)
+        self._step(torch.autograd.grad(loss, self.parameters), pace.fraction)
+        return figures
+
+    def kept(
+        self,
+        prior: Callable[[], Tensor],
+        pace: Pace,
+        quantized: Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Mapping[str, float]]:
+        """A new batch, refined: images, labels and figures; see :meth:`refine`."""
+        images, labels = self.sample()
+        refined, figures = self.refine(prior, images, labels, pace, quantized)
+        return refined, labels, figures
+
+    def refine(
+        self,
+        prior: Callable[[], Tensor],
+        images: Tensor,
+        labels: Tensor,
+        pace: Pace,
+        quantized: Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[Tensor, Mapping[str, float]]:
+        """The images themselves go down the loss that G was trained with: what G lacks after a short training.
+
+        Args:
+            prior: the prior's loss over P's forward pass.
+            images: (N, C, H, W) as G made them.
+            labels: the labels that G was given (N,).
+            pace: steps of Adam on the pixels, each on a shifted or flipped view.
+            quantized: Q, which brings the boundaries in; None: the loss of the warm-up.
+
+        Returns:
+            the images, valid pixels still, and the figures of the last step.
+        """
+        lowest, highest = self.generator.lowest, self.generator.highest
+        pixels, figures = images.detach().clone().requires_grad_(True), {}
+        rate = self.settings.refine_rate * (highest - lowest).mean().item()
+        optimizer = torch.optim.Adam([pixels], lr=rate, betas=(0.5, 0.999))
+        for _ in pace:
+            view = augment(pixels, self._rng)
+            z_p = self.teacher(view)
+            if quantized is None:
+                loss, figures = self._recognised(prior, z_p, labels)
+            else:
+                loss, figures = self._adversarial(prior, z_p, quantized(view), labels)
+            (pixels.grad,) = torch.autograd.grad(loss, pixels)
+            optimizer.step()
+            with torch.no_grad():
+                pixels.copy_(self.generator.clip(pixels))
+        return pixels.detach(), figures
+
+    def _recognised(
+        self, prior: Callable[[], Tensor], z_p: Tensor, labels: Tensor
+    ) -> tuple[Tensor, dict[str, float]]:
+        classification, statistics = nn.functional.cross_entropy(z_p, labels), prior()
+        figures = {"prior": statistics.item(), "cross_entropy": classification.item()}
+        return statistics + classification, figures
 
     def play(
         self, prior: Callable[[], Tensor], z_p: Tensor, z_q: Tensor, labels: Tensor
@@ -103,6 +158,13 @@ class GeneratorPlayer:
         Returns:
             gradients in the order of ``parameters``, and the figures of the step.
         """
+        loss, figures = self._adversarial(prior, z_p, z_q, labels)
+        gradients = torch.autograd.grad(loss, self.parameters, retain_graph=True)
+        return list(gradients), figures
+
+    def _adversarial(
+        self, prior: Callable[[], Tensor], z_p: Tensor, z_q: Tensor, labels: Tensor
+    ) -> tuple[Tensor, dict[str, float]]:
         settings = self.settings
         assert isinstance(settings, AdaDFQSettings)
         information = normalized_information(disagreement_information(z_p, z_q), z_p.shape[1])
@@ -110,14 +172,13 @@ class GeneratorPlayer:
         balance = balance_loss(z_p, z_q, labels, alpha_ds=settings.alpha_ds, alpha_as=settings.alpha_as)
         statistics = prior()
         loss = generator_loss(margin, balance, statistics, beta=settings.beta, gamma=1.0)
-        gradients = torch.autograd.grad(loss, self.parameters, retain_graph=True)
         figures = {
             "margin": margin.item(),
             "balance": balance.item(),
             "prior": statistics.item(),
             "information": information.mean().item(),
         }
-        return list(gradients), figures
+        return loss, figures
 
     def update(self, gradients: list[Tensor]) -> None:
         """One update in the game: from gradients in the order of ``parameters``, at the rate it has cooled to.

@@ -17,8 +17,10 @@ WARMUP = {2: 600, 3: 600, 4: 600, 5: 400, 6: 300, 7: 200, 8: 160}
 """Steps of the generator before Q joins, likewise."""
 CHEAP = 4e9
 """Multiply-adds of a batch's forward pass up to which a step counts as cheap."""
-LEAST_STEPS, LEAST_WARMUP = 60, 80
-SHARE = {"warmup": 0.45, "game": 0.5}
+REFINE = {2: 60, 3: 60, 4: 60, 5: 50, 6: 40, 7: 30, 8: 30}
+"""Steps of each kept batch of images themselves."""
+LEAST_STEPS, LEAST_WARMUP = 60, 40
+SHARE = {"warmup": 0.15, "samples": 0.35, "game": 0.45}
 """Shares of the user's minutes; the rest is left to ranges and to the report."""
 MEASURED = 3
 """Steps timed before a phase with a time limit knows its length."""
@@ -34,6 +36,7 @@ class Plan:
         samples: images kept.
         warmup: steps of G alone.
         steps: steps of Q.
+        refine: steps of each kept batch of images.
         minutes: the user's time limit, None for a run of fixed (repeatable) length.
     """
 
@@ -42,13 +45,16 @@ class Plan:
     samples: int
     warmup: int
     steps: int
+    refine: int = 0
     minutes: float | None = None
 
     def pace(self, phase: str) -> Pace:
-        """The length of ``warmup`` or ``game``."""
-        steps = self.warmup if phase == "warmup" else self.steps
-        seconds = None if self.minutes is None or steps == 0 else self.minutes * 60 * SHARE[phase]
-        return Pace(steps, seconds)
+        """The length of ``warmup``, of ``game``, or of one batch of ``samples``."""
+        steps = {"warmup": self.warmup, "samples": self.refine, "game": self.steps}[phase]
+        if self.minutes is None or steps == 0:
+            return Pace(steps)
+        batches = -(-self.samples // self.generator_batch_size) if phase == "samples" else 1
+        return Pace(steps, self.minutes * 60 * SHARE[phase] / batches)
 
 
 def make_plan(settings: Settings, teacher: Teacher, bits: int, minutes: float | None = None) -> Plan:
@@ -62,16 +68,17 @@ def make_plan(settings: Settings, teacher: Teacher, bits: int, minutes: float | 
     """
     small = not teacher.facts.large
     batch = settings.batch_size or (64 if small else 16)
-    generator_batch, warmup = batch, 0
+    generator_batch, warmup, refine = batch, 0, 0
     slow = max(1.0, batch * teacher.macs / CHEAP)
     if isinstance(settings, GeneratorSettings):
         generator_batch = settings.generator_batch_size or batch
         warmup = settings.warmup_steps if settings.warmup_steps is not None else WARMUP[bits]
         if settings.warmup_steps is None:
             warmup = max(LEAST_WARMUP, round(warmup / slow))
+        refine = settings.refine_steps if settings.refine_steps is not None else REFINE[bits]
     steps = settings.steps if settings.steps is not None else max(LEAST_STEPS, round(STEPS[bits] / slow))
-    samples = settings.samples or (2048 if small else 256)
-    return Plan(batch, generator_batch, samples, warmup, steps, minutes)
+    samples = settings.samples or (1024 if small else 64)
+    return Plan(batch, generator_batch, samples, warmup, steps, refine, minutes)
 
 
 class Pace:

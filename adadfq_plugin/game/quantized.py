@@ -59,6 +59,8 @@ class QuantizedPlayer:
         else:
             self.optimizer = torch.optim.SGD(groups, lr=rate, momentum=0.9, nesterov=True)
         self._units = list(prepared.weight_units()) if settings.optimizer == "adam" else []
+        self.skipped = 0
+        """Updates left out, for their gradients were not finite."""
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
 
     def loss(self, z_p: Tensor, z_q: Tensor) -> Tensor:
@@ -72,7 +74,14 @@ class QuantizedPlayer:
         self.update(torch.autograd.grad(loss, self.parameters, allow_unused=True))
 
     def update(self, gradients: Sequence[Tensor | None]) -> None:
-        """One update from gradients in the order of ``parameters``."""
+        """One update from gradients in the order of ``parameters``; none from gradients that are not finite.
+
+        A division by an activation that was rounded to zero makes them so.
+        """
+        known = [gradient for gradient in gradients if gradient is not None]
+        if not bool(torch.isfinite(nn.utils.get_total_norm(known))):
+            self.skipped += 1
+            return
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * self._decay()
         for parameter, gradient in zip(self.parameters, gradients, strict=True):

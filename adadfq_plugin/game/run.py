@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -63,13 +63,18 @@ class Run:
             for step in pace:
                 self._report("warmup", step, pace.total, player.warm_up(prior, pace))
 
-    def fill(self, draw: Callable[[], tuple[Tensor, Tensor]]) -> None:
-        """Draws batches until the pool is full."""
+    def make_samples(self, player: GeneratorPlayer) -> None:
+        """Fills the pool with images that G made and that were then refined."""
+        with player.watching() as prior:
+            self.fill(lambda: player.kept(prior, self.plan.pace("samples")))
+
+    def fill(self, draw: Callable[[], tuple[Tensor, Tensor, Mapping[str, float]]]) -> None:
+        """Draws batches of images, labels and figures until the pool is full."""
         with self._timed("samples"):
             while len(self.pool) < self.plan.samples:
-                images, labels = draw()
+                images, labels, figures = draw()
                 self.pool.add(images, labels)
-                self._report("samples", len(self.pool), self.plan.samples, {})
+                self._report("samples", len(self.pool), self.plan.samples, dict(figures))
 
     def observe(self) -> None:
         """The observers see the pool; then the ranges are set."""
@@ -101,6 +106,10 @@ class Run:
                 else:
                     figures = self._lesson(learner, player)
                 self._report("game", step, pace.total, figures)
+        if learner.skipped:
+            self.notes.append(
+                f"{learner.skipped} of {pace.step} updates of Q were left out: their gradients were not finite"
+            )
 
     def _is_round(self, step: int) -> bool:
         settings = self.task.settings
@@ -117,7 +126,8 @@ class Run:
         for_q = torch.autograd.grad(loss, learner.parameters, allow_unused=True)
         player.update(for_g)
         learner.update(for_q)
-        self.pool.add(images, labels)
+        refined, _ = player.refine(prior, images, labels, 10, self.task.prepared.module)
+        self.pool.add(refined, labels)
         return {**figures, "loss": loss.item()}
 
     def _lesson(self, learner: QuantizedPlayer, player: GeneratorPlayer | None) -> dict[str, float]:

@@ -18,6 +18,7 @@ _PAPER: dict[str, Any] = {
     "replay": False,
     "latent_dim": 100,
     "gamma": 1.0,
+    "refine_steps": 0,
     "bn_units": "absolute",
     "generator_width": 128,
     "optimizer": "sgd",
@@ -75,7 +76,7 @@ class AdaDFQ:
         run = Run(task)
         player = run.player()
         run.warm_up(player)
-        run.fill(player.sample)
+        run.make_samples(player)
         run.observe()
         run.play(player)
         return run.outcome(self.name)

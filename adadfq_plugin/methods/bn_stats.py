@@ -25,7 +25,7 @@ class BNStats:
         run = Run(task)
         player = run.player()
         run.warm_up(player)
-        run.fill(player.sample)
+        run.make_samples(player)
         run.observe()
         run.play()
         return run.outcome(self.name)

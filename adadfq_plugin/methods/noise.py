@@ -27,10 +27,10 @@ class Noise:
         """Ranges, training of Q on noise."""
         run = Run(task)
 
-        def draw() -> tuple[Tensor, Tensor]:
+        def draw() -> tuple[Tensor, Tensor, dict[str, float]]:
             images = torch.randn(run.plan.batch_size, *task.teacher.facts.input_size, generator=run.rng)
             with torch.no_grad():
-                return images, task.teacher(images.to(task.device)).argmax(1)
+                return images, task.teacher(images.to(task.device)).argmax(1), {}
 
         run.fill(draw)
         run.observe()

@@ -180,6 +180,8 @@ class LearnedFakeQuantize(FakeQuantizeBase):
         self.register_buffer("upper", torch.full((1,), -torch.inf))
         self.averages = False
         """Whether integer averages arrive here: their ties are rounded to even, as integer kernels do."""
+        self.limits: tuple[float, float] | None = None
+        """Bounds of an activation (ReLU6) that this quantizer stands for."""
         self._sample: list[Tensor] = []
         self.sampling = False
 
@@ -226,9 +228,12 @@ class LearnedFakeQuantize(FakeQuantizeBase):
         self.quant_min, self.quant_max = quant_min, quant_max
 
     def forward(self, X: Tensor) -> Tensor:
-        if self.observer_enabled[0] == 1:
+        observing, quantizing = self.observer_enabled[0] == 1, self.fake_quant_enabled[0] == 1
+        if self.limits is not None and (observing or not quantizing):
+            X = X.clamp(*self.limits)
+        if observing:
             self._observe(X.detach())
-        if self.fake_quant_enabled[0] == 0:
+        if not quantizing:
             return X
         return self._fake_quantize(X)
 

@@ -16,6 +16,7 @@ from torch.ao.quantization.observer import ObserverBase, PlaceholderObserver
 from torch.ao.quantization.quantize_fx import convert_fx
 from torch.fx import GraphModule, Node
 
+from adadfq_plugin.backends.fx.clamps import absorb_clamps
 from adadfq_plugin.backends.fx.fake_quantize import LearnedFakeQuantize
 from adadfq_plugin.backends.fx.folding import float_copy, fold_batch_norm, is_quantizer, replace_module, sites
 from adadfq_plugin.backends.fx.kernels import GROUPS, adds_in_16_bits, has_vnni, largest_weight, using_engine
@@ -74,6 +75,7 @@ class FXPrepared:
         """Narrowest weight or activation that was asked for, in bits; 8 where torch.ao's observers decide."""
         if self.trainable:
             self._learn_quantizers()
+            absorb_clamps(self.module)
             self.lowest_bits = min((quantizer.bits for quantizer in self._quantizers()), default=8)
             self._widen_boundary()
             self._fit_kernels()

@@ -1,0 +1,81 @@
+"""Activations that a quantizer can bound by itself: ReLU6 and its kin behind a layer that has no fused form of them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from adadfq_plugin.backends.fx.fake_quantize import LearnedFakeQuantize
+
+__all__ = ["absorb_clamps"]
+
+HARDTANH = (nn.functional.hardtanh, nn.functional.hardtanh_)
+CLAMP = (torch.clamp, torch.clamp_, "clamp", "clamp_")
+RELU = (nn.functional.relu, torch.relu, torch.relu_, "relu", "relu_")
+
+
+def absorb_clamps(model: GraphModule) -> None:
+    """Removes each clamp between two uses of one quantizer, which takes over its bounds; in place.
+
+    torch.ao observes what goes into an unfused ReLU6 and lets the output share the levels: of the levels of
+    [-60, 40] only a tenth is left for [0, 6]. A quantizer of [0, 6] saturates where the activation would.
+
+    Args:
+        model: a prepared model with learned quantizers.
+    """
+    for node in list(model.graph.nodes):
+        quantizer = _quantizer(model, node)
+        if quantizer is None or len(node.users) != 1:
+            continue
+        (clamp,) = node.users
+        bounds = _bounds(model, clamp)
+        again = list(clamp.users)
+        if bounds is None or len(again) != 1 or _quantizer(model, again[0]) is not quantizer:
+            continue
+        if sum(_quantizer(model, other) is quantizer for other in model.graph.nodes) > 2:
+            continue  # the levels are shared with a tensor that has no such bounds
+        quantizer.limits = bounds
+        again[0].replace_all_uses_with(node)
+        model.graph.erase_node(again[0])
+        model.graph.erase_node(clamp)
+    model.recompile()
+
+
+def _quantizer(model: GraphModule, node: Node) -> LearnedFakeQuantize | None:
+    if node.op != "call_module":
+        return None
+    module = model.get_submodule(str(node.target))
+    return module if isinstance(module, LearnedFakeQuantize) else None
+
+
+def _bounds(model: GraphModule, node: Node) -> tuple[float, float] | None:
+    """The limits of a clamp with constant ones; None for everything else."""
+    called: Any = node.target
+    if node.op == "call_module":
+        module = model.get_submodule(str(called))
+        if isinstance(module, nn.Hardtanh):  # ReLU6 is one
+            return module.min_val, module.max_val
+        return (0.0, math.inf) if type(module) is nn.ReLU else None
+    if called in RELU:
+        return 0.0, math.inf
+    if called is nn.functional.relu6:
+        return 0.0, 6.0
+    if called in HARDTANH:
+        names, unset = ("min_val", "max_val"), (-1.0, 1.0)
+    elif called in CLAMP:
+        names, unset = ("min", "max"), (-math.inf, math.inf)
+    else:
+        return None
+    given = [
+        node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
+        for place, (name, default) in enumerate(zip(names, unset, strict=True), start=1)
+    ]
+    values = [default if value is None else value for value, default in zip(given, unset, strict=True)]
+    low, high = values
+    if not isinstance(low, int | float) or not isinstance(high, int | float):
+        return None
+    return float(low), float(high)
