@@ -375,7 +375,7 @@ def quantize(
 
 
 def synthesize(model: nn.Module, count: int, **arguments: Any) -> SyntheticDataset:
-    """``count`` samples for tools that calibrate by themselves.
+    """``count`` samples, the newest of a run, for tools that calibrate by themselves.
 
     Args:
         model: the float network.
@@ -389,7 +389,9 @@ def synthesize(model: nn.Module, count: int, **arguments: Any) -> SyntheticDatas
         raise SettingsError(f"count = {count} must be at least 1")
     settings = arguments.pop("settings", None)
     changes = settings.model_dump() if isinstance(settings, Settings) else dict(settings or {})
-    return quantize(model, settings={**changes, "samples": count}, **arguments).samples
+    kept = quantize(model, settings={**changes, "samples": count}, **arguments).samples
+    newest = kept.pixels[-count:], kept.labels[-count:]
+    return SyntheticDataset.from_pixels(*newest, kept.facts, kept.provenance)
 
 
 def evaluate(

@@ -46,7 +46,9 @@ class Settings(_Frozen):
     """What every method has: how many samples, and how the quantized network Q learns from them."""
 
     samples: Positive | None = Field(
-        None, description="synthetic images kept for Q to learn from; unset: 1024 up to 64 pixels, else 64"
+        None,
+        description="synthetic images made before Q is trained, to which AdaDFQ adds up to as many; "
+        "unset: 1024 up to 64 pixels, else 64",
     )
     batch_size: Positive | None = Field(
         None, description="images in a training step of Q; unset: 64 up to 64 pixels, else 16"
@@ -113,7 +115,7 @@ class AdaDFQSettings(GeneratorSettings):
     beta: NonNegative = Field(1.0, description="weight of the balance loss")
     lambda_l: Fraction = Field(0.1, description="lower boundary of the normalised information")
     lambda_u: Fraction = Field(0.8, description="upper boundary of the normalised information")
-    generator_interval: Positive = Field(4, description="steps of Q for each step of the generator")
+    generator_interval: Positive = Field(25, description="steps of Q for each step of the generator")
     replay: bool = Field(True, description="Q learns from a pool of kept samples, not from the newest alone")
 
     def model_post_init(self, _context: Any) -> None:

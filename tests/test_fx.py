@@ -342,7 +342,7 @@ class _Inverted(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         inner = self.expand(x)
         y = self.project(self.activation(inner))
-        return self.fc((y + inner if self.shared else y).mean((2, 3)))
+        return cast(Tensor, self.fc((y + inner if self.shared else y).mean((2, 3))))
 
 
 @pytest.mark.parametrize(

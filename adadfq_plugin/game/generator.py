@@ -121,7 +121,8 @@ class GeneratorPlayer:
             the images, valid pixels still, and the figures of the last step.
         """
         lowest, highest = self.generator.lowest, self.generator.highest
-        pixels, figures = images.detach().clone().requires_grad_(True), {}
+        pixels = images.detach().clone().requires_grad_(True)
+        figures: dict[str, float] = {}
         rate = self.settings.refine_rate * (highest - lowest).mean().item()
         optimizer = torch.optim.Adam([pixels], lr=rate, betas=(0.5, 0.999))
         for _ in pace:

@@ -26,7 +26,7 @@ def augment(images: Tensor, rng: torch.Generator) -> Tensor:
 
 
 class ReplayPool:
-    """A fixed number of places; new samples take the places of the oldest.
+    """Samples in the order of their age; beyond the capacity the oldest go.
 
     Args:
         capacity: places.
@@ -34,7 +34,7 @@ class ReplayPool:
     """
 
     def __init__(self, capacity: int, rng: torch.Generator) -> None:
-        self.capacity, self._rng, self._next = capacity, rng, 0
+        self.capacity, self._rng = capacity, rng
         self.images = torch.empty(0)
         self.labels = torch.empty(0, dtype=torch.int64)
 
@@ -42,18 +42,11 @@ class ReplayPool:
         return len(self.labels)
 
     def add(self, images: Tensor, labels: Tensor) -> None:
-        """Keeps samples (N, C, H, W) with labels (N,); beyond the capacity the oldest go."""
+        """Keeps samples (N, C, H, W) with labels (N,)."""
         images, labels = images.detach().cpu(), labels.detach().cpu()
-        free = self.capacity - len(self)
-        if free > 0:
-            fresh = images[:free]
-            self.images = torch.cat((self.images, fresh)) if len(self) else fresh.clone()
-            self.labels = torch.cat((self.labels, labels[:free]))
-            images, labels = images[free:], labels[free:]
-        if len(labels):
-            places = (torch.arange(len(labels)) + self._next) % self.capacity
-            self.images[places], self.labels[places] = images, labels
-            self._next = int(places[-1] + 1) % self.capacity
+        if len(self):
+            images, labels = torch.cat((self.images, images)), torch.cat((self.labels, labels))
+        self.images, self.labels = images[-self.capacity :].clone(), labels[-self.capacity :].clone()
 
     def draw(self, count: int) -> tuple[Tensor, Tensor]:
         """A random batch of images and labels, without repetition while there are enough."""

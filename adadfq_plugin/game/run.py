@@ -32,7 +32,7 @@ class Run:
         self.task = task
         self.plan = make_plan(task.settings, task.teacher, task.prepared.lowest_bits, task.minutes)
         self.rng = torch.Generator().manual_seed(task.seed)
-        self.pool = ReplayPool(self.plan.samples, self.rng)
+        self.pool = ReplayPool(2 * self.plan.samples, self.rng)
         self.history = History()
         self.notes: list[str] = []
         self.seconds: dict[str, float] = {}
@@ -73,7 +73,8 @@ class Run:
         with self._timed("samples"):
             while len(self.pool) < self.plan.samples:
                 images, labels, figures = draw()
-                self.pool.add(images, labels)
+                missing = self.plan.samples - len(self.pool)
+                self.pool.add(images[:missing], labels[:missing])
                 self._report("samples", len(self.pool), self.plan.samples, dict(figures))
 
     def observe(self) -> None:
@@ -118,16 +119,27 @@ class Run:
     def _round(
         self, player: GeneratorPlayer, prior: Callable[[], Tensor], learner: QuantizedPlayer
     ) -> dict[str, float]:
-        """Both players move on G's newest batch."""
+        """G moves on its newest batch. Q learns from the pool, which takes the batch in once it is refined.
+
+        Without replay Q moves on the same batch, from the same forward pass.
+        """
+        settings = self.task.settings
+        assert isinstance(settings, AdaDFQSettings)
         images, labels = player.make()
         z_p, z_q = self.task.teacher(images), self.task.prepared.module(images)
         for_g, figures = player.play(prior, z_p, z_q, labels)
+        if settings.replay:
+            player.update(for_g)
+            alone, with_q = self.plan.rounds()
+            images, _ = player.refine(prior, images, labels, alone)
+            images, refined = player.refine(prior, images, labels, with_q, self.task.prepared.module)
+            self.pool.add(images, labels)
+            return {**figures, **refined, **self._lesson(learner, player)}
         loss = learner.loss(z_p, z_q)
         for_q = torch.autograd.grad(loss, learner.parameters, allow_unused=True)
         player.update(for_g)
         learner.update(for_q)
-        refined, _ = player.refine(prior, images, labels, 10, self.task.prepared.module)
-        self.pool.add(refined, labels)
+        self.pool.add(images, labels)
         return {**figures, "loss": loss.item()}
 
     def _lesson(self, learner: QuantizedPlayer, player: GeneratorPlayer | None) -> dict[str, float]:
