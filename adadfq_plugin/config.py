@@ -61,7 +61,7 @@ class Settings(_Frozen):
     learning_rate: Rate | None = Field(
         None,
         description="initial learning rate of Q's weights, under adam in quantization steps of each channel; "
-        "unset: 0.015 (sgd needs a rate of its own)",
+        "unset: 0.005 (sgd needs a rate of its own)",
     )
     step_size_learning_rate: Rate | None = Field(
         None,
@@ -77,6 +77,10 @@ class Settings(_Frozen):
         description="what Q minimises: divergence from P, or the paper's negative disagreement information",
     )
     temperature: Rate = Field(4.0, description="temperature of Q's loss")
+    mixup: Fraction = Field(
+        0.5,
+        description="share of Q's batches that are mixed in pairs, P's answers to the mixtures as targets",
+    )
     ranges: Literal["mse", "minmax"] = Field("mse", description="start of the activation and weight ranges")
     range_samples: Positive = Field(256, description="images that the observers see")
     learn_step_sizes: bool = Field(True, description="train the step sizes of weights and activations (LSQ)")

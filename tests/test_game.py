@@ -15,7 +15,7 @@ from adadfq_plugin.backends.fx import FXPrepared
 from adadfq_plugin.config import AdaDFQSettings, GeneratorSettings, Settings
 from adadfq_plugin.contracts import Phase
 from adadfq_plugin.errors import ModelError
-from adadfq_plugin.game import GeneratorPlayer, Pace, ReplayPool, augment, make_plan
+from adadfq_plugin.game import GeneratorPlayer, Pace, ReplayPool, augment, make_plan, mixed
 from adadfq_plugin.game.quantized import QuantizedPlayer
 from adadfq_plugin.generators import Generator
 from adadfq_plugin.priors import BNStatistics, PriorSum, TotalVariation, batch_norms
@@ -126,6 +126,19 @@ def test_augmentation_keeps_the_pixels() -> None:
     changed = [augment(batch, rng) for _ in range(6)]
     assert all(torch.allclose(each.sum((2, 3)), batch.sum((2, 3)), atol=1e-3) for each in changed)
     assert sum(torch.equal(each, batch) for each in changed) <= 1
+
+
+def test_mixtures_lie_between_two_images() -> None:
+    rng = torch.Generator().manual_seed(0)
+    batch = torch.eye(6).view(6, 6, 1, 1)
+    result = mixed(batch, 1.0, rng).flatten(1)
+    assert torch.allclose(result.sum(1), torch.ones(6))
+    assert ((result > 0).sum(1) <= 2).all()
+    assert not torch.equal(result, batch.flatten(1))
+    assert (result.diagonal() > 0).all()
+    assert torch.equal(mixed(batch, 0.0, rng), batch)
+    changed = sum(mixed(batch, 0.5, rng) is not batch for _ in range(200))
+    assert 70 < changed < 130
 
 
 def plan(settings: Settings, macs: int, side: int, bits: int) -> tuple[int, int, int]:

@@ -2,7 +2,16 @@
 
 from adadfq_plugin.game.generator import GeneratorPlayer
 from adadfq_plugin.game.pace import Pace, Plan, make_plan
-from adadfq_plugin.game.pool import ReplayPool, augment
+from adadfq_plugin.game.pool import ReplayPool, augment, mixed
 from adadfq_plugin.game.quantized import QuantizedPlayer
 
-__all__ = ["GeneratorPlayer", "Pace", "Plan", "QuantizedPlayer", "ReplayPool", "augment", "make_plan"]
+__all__ = [
+    "GeneratorPlayer",
+    "Pace",
+    "Plan",
+    "QuantizedPlayer",
+    "ReplayPool",
+    "augment",
+    "make_plan",
+    "mixed",
+]

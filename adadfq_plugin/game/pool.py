@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["ReplayPool", "augment"]
+__all__ = ["ReplayPool", "augment", "mixed"]
 
 
 def augment(images: Tensor, rng: torch.Generator) -> Tensor:
@@ -23,6 +23,24 @@ def augment(images: Tensor, rng: torch.Generator) -> Tensor:
     reach = max(1, images.shape[3] // 10)
     down, right = torch.randint(-reach, reach + 1, (2,), generator=rng).tolist()
     return images.roll((down, right), (2, 3))
+
+
+def mixed(images: Tensor, share: float, rng: torch.Generator) -> Tensor:
+    r"""Sometimes mixes a batch in pairs: :math:`\lambda x_i + (1 - \lambda) x_j`, images between the classes.
+
+    Args:
+        images: (N, C, H, W).
+        share: of the batches that are mixed, 0 to 1.
+        rng: source of randomness, on the CPU.
+
+    Returns:
+        images of the same shape; what P says about them is their target.
+    """
+    if torch.rand((), generator=rng) >= share:
+        return images
+    ratio = torch.rand(len(images), 1, 1, 1, generator=rng).to(images)
+    others = images[torch.randperm(len(images), generator=rng).to(images.device)]
+    return torch.lerp(others, images, ratio)
 
 
 class ReplayPool:

@@ -16,7 +16,7 @@ from adadfq_plugin.game.pace import Pace
 __all__ = ["QuantizedPlayer", "default_step_rate"]
 
 
-RATE = 0.015
+RATE = 0.005
 """Default learning rate of the weights under Adam, in quantization steps of each channel."""
 
 

@@ -14,7 +14,7 @@ from adadfq_plugin.contracts import Outcome, Phase, Task
 from adadfq_plugin.dataset import SyntheticDataset
 from adadfq_plugin.game.generator import GeneratorPlayer
 from adadfq_plugin.game.pace import make_plan
-from adadfq_plugin.game.pool import ReplayPool, augment
+from adadfq_plugin.game.pool import ReplayPool, augment, mixed
 from adadfq_plugin.game.quantized import QuantizedPlayer
 from adadfq_plugin.history import History
 
@@ -149,7 +149,7 @@ class Run:
             images, _ = player.sample()
         else:
             images, _ = self.pool.draw(self.plan.batch_size)
-        images = augment(images.to(self.task.device), self.rng)
+        images = mixed(augment(images.to(self.task.device), self.rng), settings.mixup, self.rng)
         with torch.no_grad():
             z_p = self.task.teacher(images)
         loss = learner.loss(z_p, self.task.prepared.module(images))

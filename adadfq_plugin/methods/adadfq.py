@@ -19,6 +19,7 @@ _PAPER: dict[str, Any] = {
     "latent_dim": 100,
     "gamma": 1.0,
     "refine_steps": 0,
+    "mixup": 0.0,
     "bn_units": "absolute",
     "generator_width": 128,
     "optimizer": "sgd",
