@@ -266,8 +266,7 @@ def calibrate(
         warnings.warn(f"adadfq_plugin: {line}; pass them by keyword", UserWarning, stacklevel=2)
     where = torch.device(device) if device is not None else _place(prepared)
     frozen = make_teacher(source, facts, name=type(source).__name__, device=where)
-    if facts.large:
-        frozen.model.to(memory_format=torch.channels_last)
+    if frozen.channels_last:
         opened.module.to(memory_format=torch.channels_last)
     opened.module.to(where)
     with fork_rng(seed, where):
@@ -389,9 +388,7 @@ def synthesize(model: nn.Module, count: int, **arguments: Any) -> SyntheticDatas
         raise SettingsError(f"count = {count} must be at least 1")
     settings = arguments.pop("settings", None)
     changes = settings.model_dump() if isinstance(settings, Settings) else dict(settings or {})
-    kept = quantize(model, settings={**changes, "samples": count}, **arguments).samples
-    newest = kept.pixels[-count:], kept.labels[-count:]
-    return SyntheticDataset.from_pixels(*newest, kept.facts, kept.provenance)
+    return quantize(model, settings={**changes, "samples": count}, **arguments).samples
 
 
 def evaluate(

@@ -47,8 +47,8 @@ class Settings(_Frozen):
 
     samples: Positive | None = Field(
         None,
-        description="synthetic images made before Q is trained, to which AdaDFQ adds up to as many; "
-        "unset: 1024 up to 64 pixels, else 64",
+        description="synthetic images made before Q is trained and kept after it (AdaDFQ trains on up to twice "
+        "as many); unset: 1024 up to 64 pixels, else 64",
     )
     batch_size: Positive | None = Field(
         None, description="images in a training step of Q; unset: 64 up to 64 pixels, else 16"

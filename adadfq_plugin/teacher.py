@@ -57,7 +57,7 @@ class Facts:
 
     @property
     def large(self) -> bool:
-        """Images beyond 64 pixels: small batches, few samples, channels last in memory (there it is faster)."""
+        """Images beyond 64 pixels: small batches, few samples, and channels last in memory."""
         return max(self.input_size[1:]) > LARGE
 
     def normalize(self, pixels: Tensor) -> Tensor:
@@ -85,12 +85,14 @@ class Teacher:
         facts: what is known of its images.
         name: what the report calls it.
         macs: multiply-adds of one image.
+        channels_last: whether images and weights are laid out channels last, which is faster for large images.
     """
 
     model: nn.Module
     facts: Facts
     name: str = "model"
     macs: int = 0
+    channels_last: bool = False
 
     def __call__(self, images: Tensor) -> Tensor:
         logits: Tensor = self.model(images)
@@ -110,7 +112,22 @@ def make_teacher(
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ModelError(f"{tensor_name!r} holds NaN or infinite values; load trained weights first")
     frozen = copy.deepcopy(model).eval().requires_grad_(False).to(device)
-    return Teacher(frozen, facts, name, multiply_adds(frozen, facts.input_size))
+    channels_last = facts.large and not any(map(_rules_out_channels_last, frozen.modules()))
+    if channels_last:
+        frozen.to(memory_format=torch.channels_last)
+    return Teacher(frozen, facts, name, multiply_adds(frozen, facts.input_size), channels_last)
+
+
+def _rules_out_channels_last(module: nn.Module) -> bool:
+    """Whether torch 2.14 has no such layout for this module's weights, or its gradient for them ends the process.
+
+    The second is a 1x1 convolution with a stride and fewer than 16 input channels: on x86 it writes beyond its memory.
+    """
+    if any(tensor.dim() > 4 for tensor in module.parameters(recurse=False)):
+        return True
+    if not isinstance(module, nn.Conv2d) or module.in_channels >= 16:
+        return False
+    return module.kernel_size == (1, 1) and max(module.stride) > 1
 
 
 def multiply_adds(model: nn.Module, input_size: Sequence[int]) -> int:

@@ -282,3 +282,17 @@ def test_facts_by_trial() -> None:
 def test_multiply_adds_of_groups_and_linear() -> None:
     model = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1, groups=2), nn.Flatten(), nn.Linear(8 * 25, 10))
     assert multiply_adds(model, (4, 5, 5)) == 8 * 25 * 2 * 9 + 200 * 10
+
+
+def test_layout_that_fails_in_pytorch_is_avoided() -> None:
+    def layout(conv: nn.Module, side: int, *, volume: bool = False) -> bool:
+        net = nn.Sequential(conv, nn.BatchNorm2d(20), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        if volume:
+            net.register_parameter("bias_table", nn.Parameter(torch.zeros(1, 1, 1, 1, 1)))
+        return make_teacher(net, Facts((3, side, side), 20)).channels_last
+
+    assert layout(nn.Conv2d(3, 20, 3, stride=2), 96)
+    assert layout(nn.Conv2d(3, 20, 1), 96)
+    assert not layout(nn.Conv2d(3, 20, 1, stride=2), 96)
+    assert not layout(nn.Conv2d(3, 20, 3, stride=2), 96, volume=True)
+    assert not layout(nn.Conv2d(3, 20, 3, stride=2), 32)

@@ -59,7 +59,7 @@ class GeneratorPlayer:
             teacher.model,
         )
         self.generator = Generator(teacher.facts, settings.latent_dim, settings.generator_width).to(device)
-        if teacher.facts.large:
+        if teacher.channels_last:
             self.generator.to(memory_format=torch.channels_last)
         self.parameters = list(self.generator.parameters())
         self.optimizer = torch.optim.Adam(

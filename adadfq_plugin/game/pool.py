@@ -66,6 +66,10 @@ class ReplayPool:
             images, labels = torch.cat((self.images, images)), torch.cat((self.labels, labels))
         self.images, self.labels = images[-self.capacity :].clone(), labels[-self.capacity :].clone()
 
+    def newest(self, count: int) -> tuple[Tensor, Tensor]:
+        """The samples that were added last, in the order of their age."""
+        return self.images[-count:], self.labels[-count:]
+
     def draw(self, count: int) -> tuple[Tensor, Tensor]:
         """A random batch of images and labels, without repetition while there are enough."""
         order = torch.randperm(len(self), generator=self._rng)[:count]

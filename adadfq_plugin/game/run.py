@@ -157,11 +157,12 @@ class Run:
         return {"loss": loss.item()}
 
     def outcome(self, method: str) -> Outcome:
-        """What the run leaves behind."""
+        """What the run leaves behind: as many samples as were asked for, the newest of the pool."""
         provenance = {
             "method": method,
             "seed": self.task.seed,
             "settings": self.task.settings.model_dump(mode="json"),
         }
-        samples = SyntheticDataset(self.pool.images, self.pool.labels, self.task.teacher.facts, provenance)
+        images, labels = self.pool.newest(self.plan.samples)
+        samples = SyntheticDataset(images, labels, self.task.teacher.facts, provenance)
         return Outcome(samples, self.history, self.notes, self.seconds)

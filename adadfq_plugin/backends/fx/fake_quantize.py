@@ -248,6 +248,8 @@ class LearnedFakeQuantize(FakeQuantizeBase):
         return x.movedim(self.ch_axis, 0).flatten(1) if self.per_channel else x.reshape(1, -1)
 
     def _observe(self, x: Tensor) -> None:
+        if x.numel() == 0:  # a transformer without prefix tokens splits off none
+            return
         rows = self._rows(x).float()
         lower, upper = rows.amin(1), rows.amax(1)
         if self.per_channel:  # a weight: what counts is the newest
