@@ -92,7 +92,7 @@ class Run:
     def play(self, player: GeneratorPlayer | None = None) -> None:
         """Q learns from the pool; with a player, G keeps looking for samples between the two boundaries.
 
-        One forward pass of Q on G's newest batch serves both players.
+        Without replay one forward pass of Q on G's newest batch serves both players.
         """
         if not self.task.prepared.trainable or self.plan.steps == 0:
             self.notes.append("Q was not trained: the ranges alone were set")
@@ -121,7 +121,7 @@ class Run:
     ) -> dict[str, float]:
         """G moves on its newest batch. Q learns from the pool, which takes the batch in once it is refined.
 
-        Without replay Q moves on the same batch, from the same forward pass.
+        Without replay Q moves on the batch as it is.
         """
         settings = self.task.settings
         assert isinstance(settings, AdaDFQSettings)
