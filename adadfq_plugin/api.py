@@ -300,8 +300,8 @@ def _figures(teacher: Teacher, prepared: Prepared, outcome: Outcome, device: tor
     """How far Q is from P on the samples that were kept."""
     z_p, z_q = [], []
     with torch.no_grad(), prepared.phase(Phase.EVALUATE):
-        for start in range(0, len(outcome.samples), 64):
-            images = outcome.samples.images(start, start + 64).to(device)
+        for start in range(0, len(outcome.samples), 16):
+            images = outcome.samples.images(start, start + 16).to(device)
             z_p.append(teacher(images).cpu())
             z_q.append(prepared.module(images).cpu())
     p, q = torch.cat(z_p), torch.cat(z_q)

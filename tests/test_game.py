@@ -16,7 +16,7 @@ from adadfq_plugin.config import AdaDFQSettings, GeneratorSettings, Settings
 from adadfq_plugin.contracts import Phase
 from adadfq_plugin.errors import ModelError
 from adadfq_plugin.game import GeneratorPlayer, Pace, ReplayPool, augment, make_plan, mixed
-from adadfq_plugin.game.quantized import QuantizedPlayer
+from adadfq_plugin.game.quantized import QuantizedPlayer, in_pieces
 from adadfq_plugin.generators import Generator
 from adadfq_plugin.priors import BNStatistics, PriorSum, TotalVariation, batch_norms
 from adadfq_plugin.teacher import Facts, Teacher, find_facts, make_teacher, multiply_adds
@@ -296,3 +296,14 @@ def test_layout_that_fails_in_pytorch_is_avoided() -> None:
     assert not layout(nn.Conv2d(3, 20, 1, stride=2), 96)
     assert not layout(nn.Conv2d(3, 20, 3, stride=2), 96, volume=True)
     assert not layout(nn.Conv2d(3, 20, 3, stride=2), 32)
+
+
+def test_pieces_give_the_gradients_of_the_whole() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    images = torch.rand(7, 3, 8, 8, requires_grad=True)
+    whole = network(images)
+    pieces = in_pieces(network, images, 3)
+    torch.testing.assert_close(pieces, whole)
+    wanted = [images, *network.parameters()]
+    expected = torch.autograd.grad(whole.square().sum(), wanted)
+    torch.testing.assert_close(torch.autograd.grad(pieces.square().sum(), wanted), expected)

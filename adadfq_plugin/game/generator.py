@@ -146,21 +146,22 @@ class GeneratorPlayer:
         return statistics + classification, figures
 
     def play(
-        self, prior: Callable[[], Tensor], z_p: Tensor, z_q: Tensor, labels: Tensor
+        self, prior: Callable[[], Tensor], z_p: Tensor, z_q: Tensor, labels: Tensor, *, keep_graph: bool
     ) -> tuple[list[Tensor], Mapping[str, float]]:
-        """Gradients of G's loss on a batch that both networks have seen; the graph is kept for Q.
+        """Gradients of G's loss on a batch that both networks have seen.
 
         Args:
             prior: the prior's loss over P's forward pass of this batch.
             z_p: logits of P, with the graph that leads to G.
             z_q: logits of Q, likewise.
             labels: the labels that G was given.
+            keep_graph: whether Q is to learn from the same forward pass; it takes memory.
 
         Returns:
             gradients in the order of ``parameters``, and the figures of the step.
         """
         loss, figures = self._adversarial(prior, z_p, z_q, labels)
-        gradients = torch.autograd.grad(loss, self.parameters, retain_graph=True)
+        gradients = torch.autograd.grad(loss, self.parameters, retain_graph=keep_graph)
         return list(gradients), figures
 
     def _adversarial(

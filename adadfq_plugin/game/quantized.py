@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from adadfq_plugin.config import Settings
 from adadfq_plugin.contracts import Prepared
 from adadfq_plugin.functional import kl_divergence_loss, quantized_loss
 from adadfq_plugin.game.pace import Pace
 
-__all__ = ["QuantizedPlayer", "default_step_rate"]
+__all__ = ["QuantizedPlayer", "default_step_rate", "in_pieces"]
 
 
 RATE = 0.005
@@ -28,6 +29,26 @@ def default_step_rate(bits: int) -> float:
         (0.0005, 3.125e-05)
     """
     return 5e-4 * 2.0 ** (4 - bits)
+
+
+def in_pieces(network: Callable[[Tensor], Tensor], images: Tensor, size: int = 4) -> Tensor:
+    """The logits of a network that treats each image alone, run again for the gradient, piece by piece.
+
+    Nothing is kept between the two passes but the images: P's graph and Q's together are what fills the memory.
+
+    Args:
+        network: images to logits.
+        images: (N, C, H, W).
+        size: images a piece.
+
+    Returns:
+        logits (N, classes).
+    """
+    pieces = [
+        checkpoint(network, piece, use_reentrant=False, preserve_rng_state=False)
+        for piece in images.split(size)
+    ]
+    return torch.cat(pieces)
 
 
 class QuantizedPlayer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from adadfq_plugin.dataset import SyntheticDataset
 from adadfq_plugin.game.generator import GeneratorPlayer
 from adadfq_plugin.game.pace import make_plan
 from adadfq_plugin.game.pool import ReplayPool, augment, mixed
-from adadfq_plugin.game.quantized import QuantizedPlayer
+from adadfq_plugin.game.quantized import QuantizedPlayer, in_pieces
 from adadfq_plugin.history import History
 
 __all__ = ["Run"]
@@ -126,13 +127,17 @@ class Run:
         settings = self.task.settings
         assert isinstance(settings, AdaDFQSettings)
         images, labels = player.make()
-        z_p, z_q = self.task.teacher(images), self.task.prepared.module(images)
-        for_g, figures = player.play(prior, z_p, z_q, labels)
+        quantized: Callable[[Tensor], Tensor] = self.task.prepared.module
+        if settings.replay and self.task.teacher.facts.large:
+            quantized = partial(in_pieces, quantized)
+        z_p, z_q = self.task.teacher(images), quantized(images)
+        for_g, figures = player.play(prior, z_p, z_q, labels, keep_graph=not settings.replay)
         if settings.replay:
             player.update(for_g)
+            images = images.detach()
             alone, with_q = self.plan.rounds()
             images, _ = player.refine(prior, images, labels, alone)
-            images, refined = player.refine(prior, images, labels, with_q, self.task.prepared.module)
+            images, refined = player.refine(prior, images, labels, with_q, quantized)
             self.pool.add(images, labels)
             return {**figures, **refined, **self._lesson(learner, player)}
         loss = learner.loss(z_p, z_q)
