@@ -119,14 +119,19 @@ class TestCaptureInputs:
 
 
 class TestCaptureOutputs:
-    def test_inside_after_nested_and_after_an_exception(self) -> None:
+    def test_inside_after_and_nested(self) -> None:
         model = Scale()
-        with pytest.raises(StopTestError), capture_outputs({"outer": model}) as outer:
+        with capture_outputs({"outer": model}) as outer:
             with capture_outputs({"inner": model}) as inner:
                 first = model(torch.tensor(1.0))
             second = model(torch.tensor(2.0))
-            raise StopTestError
+        model(torch.tensor(3.0))
         assert (outer["outer"], inner["inner"]) == (second, first)
+
+    def test_after_an_exception(self) -> None:
+        model = Scale()
+        with pytest.raises(StopTestError), capture_outputs({"scale": model}):
+            raise StopTestError
         assert not model._forward_hooks
 
 
