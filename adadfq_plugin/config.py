@@ -108,6 +108,9 @@ class GeneratorSettings(Settings):
     refine_rate: Rate = Field(
         0.025, description="learning rate of the pixels (Adam), as a share of the range of valid pixels"
     )
+    second_class: Fraction = Field(
+        0.5, description="largest share of a second class in what a refined image is to show"
+    )
     gamma: NonNegative = Field(10.0, description="weight of the BatchNorm-statistics loss")
     bn_units: Literal["relative", "absolute"] = Field(
         "relative", description="statistics in units of each channel's running deviation, or as in the paper"

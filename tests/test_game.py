@@ -120,12 +120,20 @@ def test_pool_keeps_the_newest(capacity: int, batches: list[int]) -> None:
     assert torch.equal(images.view(-1).long(), labels)
 
 
-def test_augmentation_keeps_the_pixels() -> None:
-    batch = models.images(4)
+def test_views_are_parts_of_their_images() -> None:
     rng = torch.Generator().manual_seed(0)
-    changed = [augment(batch, rng) for _ in range(6)]
-    assert all(torch.allclose(each.sum((2, 3)), batch.sum((2, 3)), atol=1e-3) for each in changed)
-    assert sum(torch.equal(each, batch) for each in changed) <= 1
+    across = torch.linspace(0, 1, 20).expand(200, 1, 20, 20)
+    views = augment(across, rng)
+    assert views.shape == across.shape
+    assert views.min() >= 0
+    assert views.max() <= 1
+    slopes = (views[..., -1] - views[..., 0])[:, 0, 0] / (1 - 1 / 20)
+    shares = slopes.abs()
+    assert 0.55 < shares.min() < 0.65  # the smallest view is 0.6 of the side
+    assert shares.max() > 0.95
+    assert 60 < (slopes < 0).sum() < 140  # half of them flipped
+    again = augment(across, torch.Generator().manual_seed(0))
+    assert torch.equal(again, views)
 
 
 def test_mixtures_lie_between_two_images() -> None:
@@ -212,6 +220,29 @@ def test_refined_images_are_better_and_still_images() -> None:
     assert torch.equal(same, images)
     assert not refined.requires_grad
     assert all(parameter.grad is None for parameter in (*teacher.model.parameters(), *player.parameters))
+
+
+def test_a_refined_image_shows_two_classes() -> None:
+    teacher = models.teacher()
+    rng = torch.Generator().manual_seed(0)
+    one, two = (
+        GeneratorPlayer(
+            teacher,
+            GeneratorSettings(latent_dim=8, generator_width=16, second_class=share),
+            16,
+            rng,
+            torch.device("cpu"),
+        )
+        for share in (0.0, 0.5)
+    )
+    labels = torch.arange(1000) % models.CLASSES
+    assert torch.equal(one._shared(labels).argmax(1), labels)
+    assert one._shared(labels).max(1).values.min() == 1
+    shares = two._shared(labels)
+    assert torch.allclose(shares.sum(1), torch.ones(1000))
+    of_label = shares.gather(1, labels[:, None])
+    assert 0.49 < of_label.min() < 0.52
+    assert (shares > 0).sum(1).max() == 2
 
 
 def test_refining_with_q_looks_for_disagreement() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -24,6 +25,8 @@ from adadfq_plugin.teacher import Teacher
 
 __all__ = ["GeneratorPlayer"]
 
+LABEL = 0.2
+"""Weight of the label in the loss of refined images; the statistics are what Q's training feels."""
 PLAYING = 0.2
 """Learning rate at the end of the warm-up and during the game, as a share of the initial one."""
 
@@ -113,8 +116,8 @@ class GeneratorPlayer:
         Args:
             prior: the prior's loss over P's forward pass.
             images: (N, C, H, W) as G made them.
-            labels: the labels that G was given (N,).
-            pace: steps of Adam on the pixels, each on a shifted or flipped view.
+            labels: the labels that G was given (N,); each image is to show a share of a second class as well.
+            pace: steps of Adam on the pixels, each on another view of every image.
             quantized: Q, which brings the boundaries in; None: the loss of the warm-up.
 
         Returns:
@@ -125,25 +128,35 @@ class GeneratorPlayer:
         figures: dict[str, float] = {}
         rate = self.settings.refine_rate * (highest - lowest).mean().item()
         optimizer = torch.optim.Adam([pixels], lr=rate, betas=(0.5, 0.999))
+        target = self._shared(labels)
         for _ in pace:
+            optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * pace.fraction))
             view = augment(pixels, self._rng)
             z_p = self.teacher(view)
             if quantized is None:
-                loss, figures = self._recognised(prior, z_p, labels)
+                loss, figures = self._recognised(prior, z_p, target, LABEL)
             else:
-                loss, figures = self._adversarial(prior, z_p, quantized(view), labels)
+                loss, figures = self._adversarial(prior, z_p, quantized(view), target)
             (pixels.grad,) = torch.autograd.grad(loss, pixels)
             optimizer.step()
             with torch.no_grad():
                 pixels.copy_(self.generator.clip(pixels))
         return pixels.detach(), figures
 
+    def _shared(self, labels: Tensor) -> Tensor:
+        """Class probabilities (N, C): the label, but for a random share that goes to a random class."""
+        classes = self.generator.num_classes
+        share = self.settings.second_class * torch.rand(len(labels), 1, generator=self._rng)
+        second = torch.randint(classes, (len(labels),), generator=self._rng).to(labels.device)
+        first, other = (nn.functional.one_hot(each, classes).float() for each in (labels, second))
+        return torch.lerp(first, other, share.to(labels.device))
+
     def _recognised(
-        self, prior: Callable[[], Tensor], z_p: Tensor, labels: Tensor
+        self, prior: Callable[[], Tensor], z_p: Tensor, labels: Tensor, weight: float = 1.0
     ) -> tuple[Tensor, dict[str, float]]:
         classification, statistics = nn.functional.cross_entropy(z_p, labels), prior()
         figures = {"prior": statistics.item(), "cross_entropy": classification.item()}
-        return statistics + classification, figures
+        return statistics + weight * classification, figures
 
     def play(
         self, prior: Callable[[], Tensor], z_p: Tensor, z_q: Tensor, labels: Tensor, *, keep_graph: bool

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["ReplayPool", "augment", "mixed"]
 
+SMALLEST_VIEW = 0.6
+"""Least share of an image's side that a view of it shows."""
+
 
 def augment(images: Tensor, rng: torch.Generator) -> Tensor:
-    """Flips half of the batches and shifts each by up to a tenth of the image, wrapped around.
+    """Views of images: each flipped or not, and a part of it, at a random place, at the size of the whole.
 
     Args:
         images: (N, C, H, W).
@@ -18,11 +22,14 @@ def augment(images: Tensor, rng: torch.Generator) -> Tensor:
     Returns:
         images of the same shape.
     """
-    if torch.rand((), generator=rng) < 0.5:
-        images = images.flip(3)
-    reach = max(1, images.shape[3] // 10)
-    down, right = torch.randint(-reach, reach + 1, (2,), generator=rng).tolist()
-    return images.roll((down, right), (2, 3))
+    count = len(images)
+    share = 1 - (1 - SMALLEST_VIEW) * torch.rand(count, generator=rng)
+    flip = torch.where(torch.rand(count, generator=rng) < 0.5, -1.0, 1.0)
+    place = (2 * torch.rand(count, 2, generator=rng) - 1) * (1 - share)[:, None]
+    theta = torch.zeros(count, 2, 3)
+    theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = share * flip, share, place
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False).to(images)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
 def mixed(images: Tensor, share: float, rng: torch.Generator) -> Tensor:

@@ -86,7 +86,10 @@ class Run:
             with torch.no_grad(), prepared.phase(Phase.OBSERVE):
                 images, _ = self.pool.draw(count)
                 for start in range(0, count, self.plan.batch_size):
-                    prepared.module(images[start : start + self.plan.batch_size].to(self.task.device))
+                    views = augment(
+                        images[start : start + self.plan.batch_size].to(self.task.device), self.rng
+                    )
+                    prepared.module(views)
                     self._report("ranges", min(count, start + self.plan.batch_size), count, {})
             prepared.set_ranges(settings.ranges)
 
