@@ -11,7 +11,7 @@ from adadfq_plugin.teacher import Teacher
 
 __all__ = ["Pace", "Plan", "make_plan"]
 
-STEPS = {2: 800, 3: 600, 4: 400, 5: 300, 6: 200, 7: 120, 8: 80}
+STEPS = {2: 1500, 3: 1500, 4: 1000, 5: 600, 6: 300, 7: 150, 8: 80}
 """Training steps of Q by the narrowest width, for networks that are cheap to run."""
 WARMUP = {2: 300, 3: 300, 4: 300, 5: 240, 6: 200, 7: 160, 8: 120}
 """Steps of the generator before Q joins, likewise."""
