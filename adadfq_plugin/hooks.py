@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -69,7 +69,8 @@ def module_modes(module: nn.Module, training: bool) -> Iterator[None]:
     """Put a module and all its submodules into train or eval mode; give each its own flag back afterwards.
 
     ``module.train(training)`` does the first, so a module that overrides ``train`` (a frozen BatchNorm, say)
-    is asked. The flags are put back one by one, so a mixture of modes survives.
+    is asked. The flags are put back one by one, so a mixture of modes survives. A graph of ``torch.export``
+    refuses to change its mode, which is part of the graph; it stays as it is.
 
     Args:
         module: The root of the tree.
@@ -89,7 +90,8 @@ def module_modes(module: nn.Module, training: bool) -> Iterator[None]:
     """
     flags = [(submodule, submodule.training) for submodule in module.modules()]
     try:
-        module.train(training)
+        with suppress(NotImplementedError):
+            module.train(training)
         yield
     finally:
         for submodule, flag in flags:

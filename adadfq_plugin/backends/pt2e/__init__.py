@@ -67,7 +67,9 @@ class PT2EBackend:
         try:
             graph = plain_copy(_export(private, example))
         except Exception as error:
-            raise ModelError(f"torch.export can't follow {type(model).__name__}: {_first_line(error)}") from error
+            raise ModelError(
+                f"torch.export can't follow {type(model).__name__}: {_first_line(error)}"
+            ) from error
         use_eval_mode(graph)
         use_no_mutation(graph.graph)
         absorb_eps(graph)
@@ -102,7 +104,9 @@ class PT2EBackend:
                 "the model is already converted: its weights are integers; calibrate what prepare_qat_pt2e "
                 "returned, before convert_pt2e"
             )
-        foreign = [name for name, each in prepared.named_modules() if belongs_to(each, "torch.ao.quantization")]
+        foreign = [
+            name for name, each in prepared.named_modules() if belongs_to(each, "torch.ao.quantization")
+        ]
         if foreign:
             raise ModelError(
                 f"the model mixes two toolkits: {foreign[0]!r} is a quantizer of torch.ao, the graph is torchao's; "
@@ -125,7 +129,7 @@ class PT2EBackend:
             warnings.simplefilter("ignore")
             program = torch.export.export(graph, (several,), dynamic_shapes=({0: Dim.AUTO},))
             with path.open("wb") as file:
-                torch.export.save(program, file)  # type: ignore[arg-type]
+                torch.export.save(program, file)
 
     def load(self, path: Path) -> nn.Module:
         """What ``save`` wrote.
@@ -136,7 +140,7 @@ class PT2EBackend:
         try:
             with warnings.catch_warnings(), path.open("rb") as file:
                 warnings.simplefilter("ignore")
-                loaded: nn.Module = torch.export.load(file).module()  # type: ignore[arg-type]
+                loaded: nn.Module = torch.export.load(file).module()
         except Exception as error:  # whatever torch's readers raise
             raise DataError(f"{path} is no converted model: {_first_line(error)}") from error
         return loaded

@@ -63,8 +63,9 @@ class NormedLayer:
 
 
 def _quantizer(model: GraphModule, node: Any) -> bool:
-    is_module = isinstance(node, Node) and node.op == "call_module"
-    return is_module and is_quantizer(model.get_submodule(str(node.target)))
+    if not isinstance(node, Node) or node.op != "call_module":
+        return False
+    return is_quantizer(model.get_submodule(str(node.target)))
 
 
 def _unquantized(model: GraphModule, node: Any) -> Any:
@@ -75,7 +76,7 @@ def _unquantized(model: GraphModule, node: Any) -> Any:
 
 def _only_scales(node: Any) -> bool:
     """Whether a value is a constant by which torchao's fused form multiplies, divides or shifts."""
-    return isinstance(node, Node) and node.target is aten.reshape.default and is_constant(node)
+    return isinstance(node, Node) and bool(node.target is aten.reshape.default) and is_constant(node)
 
 
 def _normed_layers(model: GraphModule) -> Iterator[NormedLayer]:
@@ -113,7 +114,8 @@ def fold_batch_norm(model: GraphModule) -> None:
     .. math:: w' = w\,\gamma / \sigma, \qquad b' = (b - \mu)\,\gamma / \sigma + \beta
 
     torchao's fused form divides by :math:`\gamma / \sigma`; here a channel with :math:`\gamma = 0` is a channel
-    of zeros.
+    of zeros. A BatchNorm that stands elsewhere becomes a multiplication and an addition: where torchao's convert
+    finds one, it searches the graph for patterns of its own, for ten seconds and more.
     """
     graph = model.graph
     for found in list(_normed_layers(model)):
@@ -147,15 +149,38 @@ def fold_batch_norm(model: GraphModule) -> None:
         layer.meta = {**layer.meta, "val": norm.meta.get("val", layer.meta.get("val"))}
         norm.replace_all_uses_with(layer)
         graph.erase_node(norm)
+    _make_affine(model)
     tidy(model)
+
+
+def _make_affine(model: GraphModule) -> None:
+    graph = model.graph
+    for norm in list(graph.nodes):
+        if norm.target is not BATCH_NORM or norm.args[3] is None or not all(map(is_constant, norm.args[1:5])):
+            continue
+        gamma, beta, mean, variance = (value_of(model, each) for each in norm.args[1:5])
+        with torch.no_grad():
+            scale = (variance + norm.args[7]).rsqrt() * (1 if gamma is None else gamma)
+            shift = (0 if beta is None else beta) - mean * scale
+        shape = (-1, *[1] * (norm.meta["val"].ndim - 2))
+        path = str(norm.args[3].target).removesuffix("running_mean")
+        value = norm.args[0]
+        with graph.inserting_before(norm):
+            for name, tensor, call in (("scale", scale, aten.mul.Tensor), ("shift", shift, aten.add.Tensor)):
+                trained = gamma is not None and gamma.requires_grad
+                stored = graph.get_attr(set_tensor(model, f"{path}{name}", tensor.view(shape), trained))
+                value = graph.call_function(call, (value, stored))
+                value.meta = {"val": norm.meta.get("val")}
+        norm.replace_all_uses_with(value)
+        graph.erase_node(norm)
 
 
 def _replace_weight(model: GraphModule, layer: Node, weight: Node) -> None:
     """Puts ``weight`` where the chain of quantizers in front of the layer's weight begins."""
-    place, user = layer.args[1], layer
+    place: Any = layer.args[1]
+    user = layer
     chain: list[Node] = []
     while _quantizer(model, place):
-        assert isinstance(place, Node)
         chain.append(place)
         place, user = place.args[0], place
     if not chain:
@@ -229,8 +254,10 @@ def _as_module(model: GraphModule, node: Node, absorbed: dict[str, float]) -> nn
     else:
         names = ("stride", "padding", "dilation", "groups")
         values = dict(zip(names, node.args[3:], strict=False))
-        settings = {name: tuple(each) if isinstance(each, list) else each for name, each in values.items()}
-        groups = int(settings.get("groups", 1))  # type: ignore[call-overload]
+        settings: dict[str, Any] = {
+            name: tuple(each) if isinstance(each, list) else each for name, each in values.items()
+        }
+        groups = settings.get("groups", 1)
         kind: Any = CONVOLUTIONS[node.target]
         made = kind(
             weight.shape[1] * groups,
@@ -247,7 +274,7 @@ def _norm_module(model: GraphModule, node: Node, absorbed: dict[str, float]) -> 
     if node.args[3] is None or not all(map(is_constant, node.args[1:5])):
         return None
     gamma, beta, mean, variance = (value_of(model, each) for each in node.args[1:5])
-    ndim = node.args[0].meta["val"].ndim  # type: ignore[union-attr]
+    ndim = node.meta["val"].ndim
     eps = float(node.args[7])  # type: ignore[arg-type]
     path = str(node.args[4].target)  # type: ignore[union-attr]
     if path in absorbed and eps == EPS:

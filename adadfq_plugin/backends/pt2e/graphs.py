@@ -124,7 +124,8 @@ def use_eval_mode(model: GraphModule) -> None:
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             continue
         if node.target is aten.batch_norm.default:
-            _set_argument(node, "training", False)
+            if node.args[3] is not None:  # without running statistics there is one mode
+                _set_argument(node, "training", False)
         elif node.target is ATTENTION:
             _set_argument(node, "dropout_p", 0.0)
         elif node.target.overloadpacket in DROPOUTS:
@@ -166,6 +167,6 @@ def use_no_mutation(graph: Graph) -> None:
         if overload is None or not isinstance(changed, Node):
             raise ModelError(f"{node.name!r} ({target}) changes its input in place and has no other form")
         node.target = overload
-        changed.replace_all_uses_with(
-            node, delete_user_cb=lambda user, node=node: user is not node and places[user] > places[node]
-        )
+        for user in list(changed.users):
+            if places[user] > places[node]:
+                user.replace_input_with(changed, node)

@@ -71,6 +71,9 @@ class PT2EPrepared:
         self.module.recompile()
         self._learn_quantizers()
         self._refuse_fixed_batch()
+        shape = input_size(self.module)
+        if len(shape) == 4:
+            self.module.meta[SIZE] = tuple(int(extent) for extent in shape[1:])
         self.lowest_bits = min((quantizer.bits for quantizer in self._quantizers()), default=8)
         """Narrowest weight or activation that was asked for, in bits."""
 
@@ -192,9 +195,7 @@ class PT2EPrepared:
     def float_model(self) -> nn.Module:
         """The network before it was prepared, with BatchNorm as modules."""
         model = float_copy(self._original)
-        shape = input_size(model)
-        if len(shape) == 4:
-            model.meta[SIZE] = tuple(int(extent) for extent in shape[1:])
+        model.meta.update({key: self.module.meta[key] for key in (SIZE,) if key in self.module.meta})
         for name in ("pretrained_cfg", "num_classes"):
             if hasattr(self._original, name):
                 setattr(model, name, copy.deepcopy(getattr(self._original, name)))

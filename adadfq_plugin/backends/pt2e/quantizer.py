@@ -114,7 +114,9 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
                 continue
             if node.target in WEIGHTED and is_constant(node.args[1]):
                 source = _source(node.args[0])
-                weight = self._weight(1 if node.target in TRANSPOSED else 0, specs.get(source, self.activation))
+                weight = self._weight(
+                    1 if node.target in TRANSPOSED else 0, specs.get(source, self.activation)
+                )
                 # torchao reads the two by their order
                 _annotation(node).input_qspec_map = {
                     node.args[0]: SharedQuantizationSpec(source),
@@ -186,7 +188,7 @@ def _users(node: Node) -> Iterator[Node]:
         yield from _users(user) if user.target in (*RESHAPES, operator.getitem) else (user,)
 
 
-def _operands(node: Node, normed: set[Node]) -> list[Node]:
+def _operands(node: Node, normed: set[Node]) -> list[Any]:
     """The activations that an integer form of the call would read."""
     if node.target in WEIGHTED:
         return [node.args[0]] if is_constant(node.args[1]) else []
