@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LearnedQuantizer", "search_range"]
+__all__ = ["LearnedQuantizer", "largest_weight", "search_range"]
 
 SAMPLE = 8192
 """Activations kept from each observed batch for the range search."""
@@ -134,6 +134,19 @@ def search_range(
             best_upper = torch.where(better, to_upper, best_upper)
     scale, zero_point = _affine(best_lower, best_upper, low, high, symmetric)
     return scale.squeeze(1), zero_point.squeeze(1)
+
+
+def largest_weight(largest_activation: int) -> int:
+    r"""The largest magnitude of a weight of which two products fit 16 bits: :math:`2\,a\,|w| \le 32767`.
+
+    Args:
+        largest_activation: largest level a of the unsigned activations.
+
+    Example:
+        >>> largest_weight(255), largest_weight(15)
+        (64, 1092)
+    """
+    return 32767 // (2 * largest_activation)
 
 
 class LearnedQuantizer(nn.Module):

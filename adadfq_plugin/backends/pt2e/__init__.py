@@ -62,20 +62,23 @@ class PT2EBackend:
             ModelError: torch.export or torchao can't follow the model, with the reason.
         """
         quantizer = SchemeQuantizer(scheme)
-        private = copy.deepcopy(model).eval()
-        example = torch.zeros(2, *input_size).to(next(private.parameters(), torch.zeros(0)))
+        toolkit = "torch.export"
         try:
+            private = copy.deepcopy(model).eval()
+            example = torch.zeros(2, *input_size).to(next(private.parameters(), torch.zeros(0)))
             graph = plain_copy(_export(private, example))
-        except Exception as error:
+            use_eval_mode(graph)
+            use_no_mutation(graph.graph)
+            absorb_eps(graph)
+            graph.recompile()
+            notes, toolkit = dict(graph.meta), "torchao"
+            prepared: GraphModule = prepare_qat_pt2e(graph, quantizer)
+        except ModelError:
+            raise
+        except Exception as error:  # whatever the toolkits raise
             raise ModelError(
-                f"torch.export can't follow {type(model).__name__}: {_first_line(error)}"
+                f"{toolkit} can't follow {type(model).__name__}: {_first_line(error)}"
             ) from error
-        use_eval_mode(graph)
-        use_no_mutation(graph.graph)
-        absorb_eps(graph)
-        graph.recompile()
-        notes = dict(graph.meta)
-        prepared: GraphModule = prepare_qat_pt2e(graph, quantizer)
         for name in ("pretrained_cfg", "num_classes"):
             if hasattr(model, name):
                 setattr(prepared, name, copy.deepcopy(getattr(model, name)))

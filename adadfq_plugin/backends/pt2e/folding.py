@@ -76,7 +76,7 @@ def _unquantized(model: GraphModule, node: Any) -> Any:
 
 def _only_scales(node: Any) -> bool:
     """Whether a value is a constant by which torchao's fused form multiplies, divides or shifts."""
-    return isinstance(node, Node) and bool(node.target is aten.reshape.default) and is_constant(node)
+    return isinstance(node, Node) and node.target is aten.reshape.default and is_constant(node)
 
 
 def _normed_layers(model: GraphModule) -> Iterator[NormedLayer]:
@@ -100,12 +100,13 @@ def _normed_layers(model: GraphModule) -> Iterator[NormedLayer]:
         plain = isinstance(weight, Node) and weight.op == "get_attr"
         bias_is_plain = bias is None or (isinstance(bias, Node) and bias.op == "get_attr")
         in_two_dimensions = x.target is not LINEAR or x.meta["val"].ndim == 2
-        if plain and bias_is_plain and in_two_dimensions and (fused or len(x.users) == 1):
+        alone = fused or len(x.users) == 1
+        if plain and bias_is_plain and bool(in_two_dimensions) and alone:
             yield NormedLayer(x, norm, weight, bias, fused)
 
 
 def _transposed_with_groups(node: Node) -> bool:
-    return node.target in TRANSPOSED and len(node.args) > 6 and node.args[6] != 1
+    return node.target in TRANSPOSED and bool(node.args[6:7]) and node.args[6] not in (1,)
 
 
 def fold_batch_norm(model: GraphModule) -> None:

@@ -16,6 +16,7 @@ from adadfq_plugin.backends.pt2e.folding import CONVOLUTIONS, TRANSPOSED
 from adadfq_plugin.backends.pt2e.graphs import aten, is_constant
 from adadfq_plugin.config import Scheme
 from adadfq_plugin.errors import SettingsError
+from adadfq_plugin.fake_quantize import largest_weight
 
 __all__ = ["SchemeQuantizer"]
 
@@ -44,11 +45,6 @@ RESHAPES = (
     aten.clone.default,
     aten.dropout.default,
 )
-
-
-def largest_weight(largest_activation: int) -> int:
-    r"""The largest magnitude of a weight of which two products fit 16 bits: :math:`2\,a\,|w| \le 32767`."""
-    return 32767 // (2 * largest_activation)
 
 
 class SchemeQuantizer(Quantizer):  # type: ignore[misc]
@@ -133,7 +129,7 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
         for node in model.graph.nodes:
             read.update(_source(each) for each in _operands(node, normed) if _is_float(each))
         outputs = [_source(each) for node in model.graph.nodes if node.op == "output" for each in _flat(node)]
-        for node in model.graph.nodes:
+        for node in reversed(model.graph.nodes):
             if node.target in MAXIMA and node in read:
                 # levels go through a maximum as they are
                 read.discard(node)
