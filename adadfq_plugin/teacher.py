@@ -105,20 +105,13 @@ def make_teacher(
     """A frozen private copy of ``model``; the original is not touched.
 
     Raises:
-        ModelError: a weight or statistic that is NaN or infinite, or a graph of ``torch.export``.
+        ModelError: a weight or statistic that is NaN or infinite.
     """
     tensors = [*model.named_parameters(), *model.named_buffers()]
     for tensor_name, tensor in tensors:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ModelError(f"{tensor_name!r} holds NaN or infinite values; load trained weights first")
-    try:
-        frozen = copy.deepcopy(model).eval()
-    except NotImplementedError as error:
-        raise ModelError(
-            f"{type(model).__name__} is a graph of torch.export, which can't be the teacher: its layers are gone; "
-            "pass the module that was exported"
-        ) from error
-    frozen = frozen.requires_grad_(False).to(device)
+    frozen = copy.deepcopy(model).eval().requires_grad_(False).to(device)
     channels_last = facts.large and not any(map(_rules_out_channels_last, frozen.modules()))
     if channels_last:
         frozen.to(memory_format=torch.channels_last)

@@ -58,7 +58,9 @@ class Inverted(nn.Module):
     def __init__(self, width: int = 8) -> None:
         super().__init__()
         self.stem = nn.Sequential(
-            nn.Conv2d(3, width, 3, padding=1, bias=True), nn.BatchNorm2d(width, eps=1e-3), nn.ReLU6(inplace=True)
+            nn.Conv2d(3, width, 3, padding=1, bias=True),
+            nn.BatchNorm2d(width, eps=1e-3),
+            nn.ReLU6(inplace=True),
         )
         self.depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False)
         self.norm = nn.BatchNorm2d(width, eps=1e-3)
@@ -118,7 +120,9 @@ def state(model: nn.Module) -> dict[str, object]:
 
 def same(before: dict[str, object], after: dict[str, object]) -> bool:
     """Whether two states are equal bit for bit and flag for flag."""
-    return same_tensors(before, after) and all(before[kind] == after[kind] for kind in ("modes", "flags", "kinds"))
+    return same_tensors(before, after) and all(
+        before[kind] == after[kind] for kind in ("modes", "flags", "kinds")
+    )
 
 
 def same_tensors(before: dict[str, object], after: dict[str, object]) -> bool:

@@ -111,7 +111,9 @@ def test_convert_gives_what_was_calibrated(backend: Backend, network: str, bits:
     with torch.no_grad():
         committed, converted = quiet(model)(batch), converted_by_toolkit(backend, model)(batch)
     assert torch.equal(fake, committed)
-    assert (private - converted).abs().mean() <= 0.05 * fake.std()  # torch.ao's engines round ties differently
+    assert (
+        private - converted
+    ).abs().mean() <= 0.05 * fake.std()  # torch.ao's engines round ties differently
     assert (fake - converted).abs().mean() <= 0.05 * fake.std()
     assert (fake.argmax(1) == converted.argmax(1)).float().mean() >= 0.98
     exact = NETWORKS[network]()(batch)

@@ -70,7 +70,6 @@ class PT2EBackend:
             use_eval_mode(graph)
             use_no_mutation(graph.graph)
             absorb_eps(graph)
-            graph.recompile()
             notes, toolkit = dict(graph.meta), "torchao"
             prepared: GraphModule = prepare_qat_pt2e(graph, quantizer)
         except ModelError:

@@ -32,8 +32,10 @@ class LearnedFakeQuantize(LearnedQuantizer, FakeQuantizeBase):  # type: ignore[m
     ``calculate_qparams``.
     """
 
-    observer: nn.Module | None = None
-    """The user's own observer (``prepare_pt2e``), which then decides the range."""
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.observer: nn.Module | None = None
+        """The user's own observer (``prepare_pt2e``), which then decides the range."""
 
     @classmethod
     def around(cls, observer: nn.Module) -> LearnedFakeQuantize:

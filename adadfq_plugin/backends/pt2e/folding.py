@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
-from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from adadfq_plugin.backends.pt2e.fake_quantize import is_quantizer
 from adadfq_plugin.backends.pt2e.graphs import (
@@ -105,8 +104,22 @@ def _normed_layers(model: GraphModule) -> Iterator[NormedLayer]:
             yield NormedLayer(x, norm, weight, bias, fused)
 
 
-def _transposed_with_groups(node: Node) -> bool:
-    return node.target in TRANSPOSED and bool(node.args[6:7]) and node.args[6] not in (1,)
+def _scaled(layer: Node, weight: Tensor, scale: Tensor) -> Tensor:
+    """A layer's weight with each output channel multiplied by a number of its own."""
+    if layer.target not in TRANSPOSED:
+        return weight * scale.view(-1, *[1] * (weight.ndim - 1))
+    # (in, out / groups, ...): the groups of the input channels have output channels of their own
+    columns = weight.shape[1]
+    groups = scale.view(-1, 1, columns)
+    factors = groups.expand(-1, weight.shape[0] // len(groups), columns).reshape(-1, columns)
+    return weight * factors.view(*factors.shape, *[1] * (weight.ndim - 2))
+
+
+def _affine(model: GraphModule, norm: Node) -> tuple[Tensor, Tensor]:
+    r"""Scale :math:`\gamma / \sigma` and shift :math:`\beta - \mu\,\gamma / \sigma` of a BatchNorm in eval mode."""
+    gamma, beta, mean, variance = (value_of(model, each) for each in norm.args[1:5])
+    scale = (variance + norm.args[7]).rsqrt() * (1 if gamma is None else gamma)
+    return scale, (0 if beta is None else beta) - mean * scale
 
 
 def fold_batch_norm(model: GraphModule) -> None:
@@ -121,18 +134,11 @@ def fold_batch_norm(model: GraphModule) -> None:
     graph = model.graph
     for found in list(_normed_layers(model)):
         layer, norm = found.layer, found.norm
-        if _transposed_with_groups(layer):
-            continue
         weight = tensor_at(model, str(found.weight.target))
-        gamma, beta, mean, variance = (value_of(model, each) for each in norm.args[1:5])
-        bias = None if found.bias is None else value_of(model, found.bias)
-        args = (mean, variance, norm.args[7], gamma, beta)
         with torch.no_grad():
-            if layer.target is LINEAR:
-                weight_, bias_ = fuse_linear_bn_weights(weight, bias, *args)  # type: ignore[arg-type]
-            else:
-                transposed = layer.target in TRANSPOSED
-                weight_, bias_ = fuse_conv_bn_weights(weight, bias, *args, transpose=transposed)  # type: ignore[arg-type]
+            scale, shift = _affine(model, norm)
+            weight_ = _scaled(layer, weight, scale)
+            bias_ = shift if found.bias is None else value_of(model, found.bias) * scale + shift
         path = str(found.weight.target)
         stem = path.removesuffix("weight")
         trained = weight.requires_grad
@@ -159,16 +165,14 @@ def _make_affine(model: GraphModule) -> None:
     for norm in list(graph.nodes):
         if norm.target is not BATCH_NORM or norm.args[3] is None or not all(map(is_constant, norm.args[1:5])):
             continue
-        gamma, beta, mean, variance = (value_of(model, each) for each in norm.args[1:5])
         with torch.no_grad():
-            scale = (variance + norm.args[7]).rsqrt() * (1 if gamma is None else gamma)
-            shift = (0 if beta is None else beta) - mean * scale
+            scale, shift = _affine(model, norm)
         shape = (-1, *[1] * (norm.meta["val"].ndim - 2))
         path = str(norm.args[3].target).removesuffix("running_mean")
-        value = norm.args[0]
+        value, gamma = norm.args[0], norm.args[1]
+        trained = gamma is not None and value_of(model, gamma).requires_grad
         with graph.inserting_before(norm):
             for name, tensor, call in (("scale", scale, aten.mul.Tensor), ("shift", shift, aten.add.Tensor)):
-                trained = gamma is not None and gamma.requires_grad
                 stored = graph.get_attr(set_tensor(model, f"{path}{name}", tensor.view(shape), trained))
                 value = graph.call_function(call, (value, stored))
                 value.meta = {"val": norm.meta.get("val")}
@@ -208,6 +212,7 @@ def absorb_eps(model: GraphModule) -> None:
             absorbed[path] = eps
         norm.update_arg(7, EPS)
     model.meta[BN_EPS] = absorbed
+    model.recompile()
 
 
 def float_copy(prepared: GraphModule) -> GraphModule:

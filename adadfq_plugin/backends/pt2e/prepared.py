@@ -184,7 +184,10 @@ class PT2EPrepared:
             bias = layer.args[2] if len(layer.args) > 2 else None
             if isinstance(bias, Node) and bias.op == "get_attr":
                 found = tensor_at(self.module, str(bias.target))
-                units[id(found)] = scale * (weight.numel() / len(found)) ** 0.5
+                # the groups of a transposed convolution share their channels' steps
+                units[id(found)] = (
+                    scale.repeat(len(found) // len(scale)) * (weight.numel() / len(found)) ** 0.5
+                )
         # what is not quantized (an affine BatchNorm) moves by a hundredth of its size
         return [units.get(id(each), each.detach().abs().mean() / 100) for each in self.weights()]
 
