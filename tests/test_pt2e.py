@@ -194,10 +194,7 @@ def test_quantizers_that_users_write(bits: int, kind: str) -> None:
         expected = opened.module(batch)
     opened.commit()
     with torch.no_grad():
-        converted = convert_pt2e(prepared)(batch)
-    assert (
-        converted - expected
-    ).abs().mean() <= 0.01 * expected.std()  # an observer's scale keeps its last bit
+        torch.testing.assert_close(convert_pt2e(prepared)(batch), expected, rtol=1e-4, atol=1e-4)
     assert (expected - exact).abs().mean() <= {8: 0.1, 4: 1.0}[bits] * exact.std()
 
 
@@ -468,13 +465,13 @@ def test_without_torchao_the_rest_works(tmp_path: Path) -> None:
         "    try:\n        call()\n    except errors.AdaDFQError as error:\n        print(error)\n"
         "reason(lambda: api.backends().get('pt2e'))\n"
         "reason(lambda: adadfq_plugin.calibrate(models.trained()))\n"
-        "print(type(adadfq_plugin.prepare(models.trained(), 16)).__name__)\n"
+        "print(api._backend_of(models.prepared(), None).name)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     first, second, third = done.stdout.splitlines()
     assert "pip install 'adadfq_plugin[pt2e]'" in first
     assert "Residual is not prepared" in second
-    assert third.startswith("GraphModule")
+    assert third == "fx"
 
 
 def test_importing_the_package_costs_nothing() -> None:

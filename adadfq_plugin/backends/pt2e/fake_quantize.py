@@ -32,10 +32,13 @@ class LearnedFakeQuantize(LearnedQuantizer, FakeQuantizeBase):  # type: ignore[m
     ``calculate_qparams``.
     """
 
+    exact_scale: Tensor | None
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.observer: nn.Module | None = None
         """The user's own observer (``prepare_pt2e``), which then decides the range."""
+        self.register_buffer("exact_scale", None, persistent=False)
 
     @classmethod
     def around(cls, observer: nn.Module) -> LearnedFakeQuantize:
@@ -52,6 +55,18 @@ class LearnedFakeQuantize(LearnedQuantizer, FakeQuantizeBase):  # type: ignore[m
         assert self.observer is not None
         scale, zero_point = self.observer.calculate_qparams()  # type: ignore[operator]
         self._set(scale.reshape(-1), zero_point.reshape(-1))
+        self.exact_scale = scale.reshape(-1).clone()
+
+    def _fake_quantize(self, x: Tensor) -> Tensor:
+        if self.exact_scale is None:
+            return super()._fake_quantize(x)
+        # a logarithm loses the last bit, and the largest weight of a min/max range lies on a tie
+        shape = [1] * x.ndim
+        if self.per_channel:
+            shape[self.ch_axis] = -1
+        scale, zero_point = self.exact_scale.view(shape), self.zero_point.view(shape)
+        quantized = (x * (1 / scale)).round_() + zero_point
+        return quantized.clamp_(self.quant_min, self.quant_max).sub_(zero_point).mul_(scale)
 
     def _observe(self, x: Tensor) -> None:
         if self.observer is None:
