@@ -213,7 +213,7 @@ def prepare(
     input_size: Any = None,
     *,
     scheme: Scheme | Mapping[str, Any] | None = None,
-    backend: str = AUTO,
+    backend: str = "fx",
 ) -> nn.Module:
     """A prepared copy of a float model, rewritten exactly where the toolkit can't follow it.
 
@@ -221,7 +221,8 @@ def prepare(
         model: any float network that maps images to logits; it is not touched.
         input_size: side, (height, width) or (channels, height, width); None: what timm left, or a trial.
         scheme: bit widths and engine.
-        backend: name of the toolkit; ``auto``: the first that takes the model, ``fx`` before ``pt2e``.
+        backend: name of the toolkit, whose convert is the one to call afterwards; ``auto``: the first that takes the
+            model, ``fx`` before ``pt2e``.
 
     Returns:
         a model for :func:`calibrate` and the toolkit's own convert.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 __all__ = ["capture_inputs", "fork_rng", "frozen", "module_modes", "temporary_attributes"]
 
@@ -90,8 +91,11 @@ def module_modes(module: nn.Module, training: bool) -> Iterator[None]:
     """
     flags = [(submodule, submodule.training) for submodule in module.modules()]
     try:
-        with suppress(NotImplementedError):
+        try:
             module.train(training)
+        except NotImplementedError:
+            if not isinstance(module, GraphModule):
+                raise
         yield
     finally:
         for submodule, flag in flags:

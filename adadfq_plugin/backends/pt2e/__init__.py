@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch._inductor.config
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.fx import GraphModule
@@ -25,7 +27,7 @@ from adadfq_plugin.backends.pt2e.quantizer import SchemeQuantizer
 from adadfq_plugin.config import Scheme
 from adadfq_plugin.errors import DataError, ModelError
 
-__all__ = ["LearnedFakeQuantize", "PT2EBackend", "PT2EPrepared", "SchemeQuantizer"]
+__all__ = ["LearnedFakeQuantize", "PT2EBackend", "PT2EPrepared", "SchemeQuantizer", "compiled"]
 
 
 def _is_converted(model: GraphModule) -> bool:
@@ -42,6 +44,32 @@ def _export(model: nn.Module, example: Tensor) -> GraphModule:
         exported: Any = torch.export.export(model, (example,), dynamic_shapes=({0: Dim.AUTO},))
         graph: GraphModule = exported.module()
     return graph
+
+
+class _Compiled(nn.Module):
+    """A network that Inductor compiles at the first call, its weights frozen."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self._run: Any = torch.compile(network)
+
+    def forward(self, images: Tensor) -> Any:
+        # torch.compile(options=...) sets it too late for the passes that look for integer layers
+        with torch.no_grad(), torch._inductor.config.patch(freezing=True):
+            return self._run(images)
+
+
+def compiled(converted: nn.Module) -> nn.Module:
+    """A converted model as Inductor compiles it, with the integer kernels of this CPU; for inference alone.
+
+    Nothing else makes integers of a converted model, which computes in float what it has quantized. torchao's passes
+    are registered for the whole process, as by the import of its own quantizer for x86.
+
+    Args:
+        converted: what ``convert_pt2e`` or :meth:`PT2EBackend.load` returned.
+    """
+    importlib.import_module("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
+    return _Compiled(converted)
 
 
 class PT2EBackend:

@@ -26,6 +26,10 @@ ATTRIBUTES = "_observed_graph_module_attrs"
 """Key of ``meta`` for torchao's notes on a prepared model."""
 IN_FLOAT = "adadfq_in_float"
 """Key of ``meta`` for sentences about what was decided when it was prepared."""
+COMPILE = (
+    "the converted network computes in float what it has quantized, until it is compiled: "
+    "adadfq_plugin.backends.pt2e.compiled has the integer kernels"
+)
 SIZE = "adadfq_input_size"
 """Key of ``meta`` for the size of one image."""
 
@@ -61,7 +65,7 @@ class PT2EPrepared:
 
     def __init__(self, original: GraphModule) -> None:
         self._original = original
-        self.notes: list[str] = list(original.meta.get(IN_FLOAT, ()))
+        self.notes: list[str] = [*original.meta.get(IN_FLOAT, ()), COMPILE]
         self.trainable = bool(original.meta[ATTRIBUTES].is_qat)
         self.module: GraphModule = plain_copy(original)
         self._refuse_nothing_quantized()
