@@ -76,6 +76,10 @@ class Settings(_Frozen):
         "kl",
         description="what Q minimises: divergence from P, or the paper's negative disagreement information",
     )
+    feature_weight: NonNegative | None = Field(
+        None,
+        description="weight of the activations' distance from P's beside Q's loss; unset: 10 up to 5 bits, else 0",
+    )
     temperature: Rate = Field(4.0, description="temperature of Q's loss")
     mixup: Fraction = Field(
         0.5,

@@ -78,6 +78,15 @@ class Prepared(Protocol):
     def phase(self, phase: Phase) -> AbstractContextManager[None]:
         """Switches observers and fake quantizers; restores them at the end of the ``with``."""
 
+    def reference(self) -> Prepared:
+        """A copy with the weights of now: in ``Phase.FLOAT``, what each activation is to become."""
+
+    def activations(self) -> AbstractContextManager[Mapping[str, Tensor]]:
+        """Hooks for the length of the ``with``: the quantized activations of the latest forward pass by name.
+
+        The names are the same for the :meth:`reference`; the network's input is not among them.
+        """
+
     def set_ranges(self, how: str = "mse") -> None:
         """Turns what OBSERVE has seen into scales and zero points, by least squared error or ``minmax``."""
 

@@ -23,6 +23,7 @@ __all__ = [
     "channel_moments",
     "disagreement_information",
     "disagreement_loss",
+    "feature_loss",
     "generator_loss",
     "kl_divergence_loss",
     "margin_loss",
@@ -501,6 +502,54 @@ def kl_divergence_loss(z_p: Tensor, z_q: Tensor, *, temperature: float) -> Tenso
     z_p, z_q = _logit_pair(z_p, z_q)
     log_p, log_q = F.log_softmax(z_p / temperature, dim=1), F.log_softmax(z_q / temperature, dim=1)
     return temperature**2 * (log_p.exp() * (log_p - log_q)).sum(dim=1).mean()
+
+
+def feature_loss(features_p: Sequence[Tensor], features_q: Sequence[Tensor]) -> Tensor:
+    r"""Distillation loss of intermediate activations: the noise of Q's in units of the signal of P's.
+
+    .. math::
+
+        L_{feat} = \frac{1}{L} \sum_{l=1}^{L} \frac{\operatorname{mean}\big((f_{p,l} - f_{q,l})^2\big)}
+            {\operatorname{Var}(f_{p,l})}
+
+    Mean and (biased) variance are over all elements of the layer, so layers weigh the same whatever their
+    size and units. A layer whose activations of P are all the same has no signal and counts as zero.
+
+    Args:
+        features_p: One tensor of any shape for each of L >= 1 layers of P, the targets.
+        features_q: The same layers of Q, in the same shapes.
+
+    Returns:
+        The mean over layers, without unit, >= 0, a tensor of shape ().
+
+    Raises:
+        ValueError: There is no layer, the sequences differ in length, or a shape or a dtype does not fit.
+
+    Example:
+        >>> import torch
+        >>> feature_loss([torch.tensor([0.0, 2.0])], [torch.tensor([0.0, 1.0])])  # (1 / 2) / 1
+        tensor(0.5000)
+
+    Source: the hint loss of Romero et al., "FitNets", ICLR 2015, arXiv 1412.6550, equation 3, in units of
+    each layer's variance.
+    """
+    if not len(features_p):
+        raise ValueError("features_p must hold at least one layer; got none")
+    if len(features_q) != len(features_p):
+        raise ValueError(
+            f"features_q must hold as many layers as features_p, {len(features_p)}; got {len(features_q)}"
+        )
+    losses = []
+    for layer, (p, q) in enumerate(zip(features_p, features_q, strict=True)):
+        where = f"features_p[{layer}]"
+        p = _upcast(where, p)
+        if not p.numel():
+            raise ValueError(f"{where} must hold at least one element; got the shape {_shape(p)}")
+        q = _like(f"features_q[{layer}]", q, where, p)
+        signal = p.var(correction=0)
+        flat = signal == 0
+        losses.append((p - q).square().mean() / signal.masked_fill(flat, 1) * ~flat)
+    return torch.stack(losses).mean()
 
 
 def total_variation(images: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-__all__ = ["capture_inputs", "fork_rng", "frozen", "module_modes", "temporary_attributes"]
+__all__ = ["capture_inputs", "capture_outputs", "fork_rng", "frozen", "module_modes", "temporary_attributes"]
 
 
 @contextmanager
@@ -63,6 +63,39 @@ def _record(
     if not isinstance(first, Tensor):
         raise TypeError(f"the first input of {name!r} must be a tensor; got {type(first).__name__}")
     inputs[name] = first
+
+
+@contextmanager
+def capture_outputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Record the output of each module whenever it runs; the tensors stay in their graph.
+
+    A module that runs twice leaves its latest output.
+
+    Args:
+        modules: Modules by name; what they return must be a tensor.
+
+    Yields:
+        A dictionary from names to outputs, empty until a module runs. It keeps its contents after the block.
+
+    Example:
+        >>> import torch
+        >>> layer = torch.nn.ReLU()
+        >>> with capture_outputs({"act": layer}) as outputs:
+        ...     _ = layer(torch.tensor([-1.0, 2.0]))
+        >>> outputs
+        {'act': tensor([0., 2.])}
+        >>> len(layer._forward_hooks)
+        0
+    """
+    outputs: dict[str, Tensor] = {}
+
+    def record(name: str, _module: nn.Module, _args: Any, output: Tensor) -> None:
+        outputs[name] = output
+
+    with ExitStack() as handles:
+        for name, module in modules.items():
+            handles.callback(module.register_forward_hook(partial(record, name)).remove)
+        yield outputs
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from adadfq_plugin.backends.fx import qconfig_mapping
 from adadfq_plugin.config import Scheme
+from adadfq_plugin.teacher import Teacher, find_facts, make_teacher
 
 SIZE = (3, 16, 16)
 CLASSES = 5
@@ -131,3 +132,9 @@ def same_tensors(before: dict[str, object], after: dict[str, object]) -> bool:
     assert isinstance(old, dict)
     assert isinstance(new, dict)
     return old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
+
+
+def teacher(model: nn.Module | None = None) -> Teacher:
+    """P as a frozen copy with its facts."""
+    model = trained() if model is None else model
+    return make_teacher(model, find_facts(model, input_size=SIZE, mean=(0.5,) * 3, std=(0.25,) * 3))

@@ -204,6 +204,26 @@ def test_everything_that_is_trained_gets_a_gradient(backend: Backend, network: s
         assert bool((unit > 0).all())
 
 
+def test_the_reference_is_what_the_activations_are_to_become(backend: Backend, network: str) -> None:
+    opened, batch = backend.open(prepared(backend, network, 3)), models.images(8)
+    reference = opened.reference()
+    observed(opened, batch)
+    with torch.no_grad(), reference.phase(Phase.FLOAT), opened.phase(Phase.TRAIN):
+        before = reference.module(batch)
+        for weight in opened.weights():
+            weight.mul_(2)
+        with reference.activations() as of_p, opened.activations() as of_q:
+            assert torch.equal(reference.module(batch), before)
+            z_q = opened.module(batch)
+        assert list(of_p) == list(of_q)
+        assert len(of_q) > 3
+        assert any(torch.equal(each, z_q) for each in of_q.values())  # the logits are among them
+        assert not any(each.shape == batch.shape for each in of_q.values())  # the input isn't
+        assert not any(len(each) != len(batch) for each in of_q.values())  # nor are the weights
+        opened.module(batch * 0)
+        assert any(torch.equal(each, z_q) for each in of_q.values())  # the hooks are gone
+
+
 @pytest.mark.parametrize("how", ["mse", "minmax"])
 def test_ranges_cover_what_was_seen(backend: Backend, how: str) -> None:
     opened, batch = backend.open(prepared(backend)), models.images(64)

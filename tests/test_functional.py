@@ -120,6 +120,13 @@ class TestTwins:
         ours = getattr(functional, name)(t(z_p), t(z_q), temperature=temperature).item()
         assert ours == approx(getattr(twins, name)(z_p, z_q, temperature))
 
+    def test_features(self, rng: np.random.Generator) -> None:
+        p, q = ([rng.normal(size=shape) for shape in ((4, 3), (2, 5, 2, 2), (3,))] for _ in range(2))
+        p.append(np.full((2, 2), 3.0))  # no signal
+        q.append(rng.normal(size=(2, 2)))
+        ours = functional.feature_loss([t(a) for a in p], [t(a) for a in q]).item()
+        assert ours == approx(twins.feature_loss(p, q))
+
     def test_total_variation(self, rng: np.random.Generator) -> None:
         images = rng.normal(size=(2, 3, 5, 4))
         assert functional.total_variation(t(images)).item() == approx(twins.total_variation(images))
@@ -200,6 +207,7 @@ def gradient_cases() -> dict[str, tuple[Callable[..., Tensor], list[tuple[int, .
         "generator": (lambda a, b, c: functional.generator_loss(a, b, c, beta=0.5, gamma=2.0), [()] * 3),
         "quantized": (lambda a, b: functional.quantized_loss(a, b, temperature=3.0), logits),
         "kl_divergence": (lambda a, b: functional.kl_divergence_loss(a, b, temperature=3.0), logits),
+        "features": (lambda *x: functional.feature_loss(x[:2], x[2:]), [(2, 3), (4,)] * 2),
         "total_variation": (functional.total_variation, [(2, 2, 3, 4)]),
     }
 
@@ -534,6 +542,15 @@ MISUSE: list[tuple[str, Callable[[], object], str]] = [
         r"temperature must",
     ),
     ("temperature_neg", lambda: functional.kl_divergence_loss(Z, Z, temperature=-1), r"temperature must be"),
+    ("no_feature", lambda: functional.feature_loss([], []), r"features_p must hold at least one layer"),
+    ("features", lambda: functional.feature_loss([Z], [Z, Z]), r"features_q .* as features_p, 1; got 2"),
+    (
+        "feature_empty",
+        lambda: functional.feature_loss([Z[:0]], [Z[:0]]),
+        r"features_p\[0\] must hold at least",
+    ),
+    ("feature_shape", lambda: functional.feature_loss([Z], [Z[0]]), r"features_q\[0\] must have the shape"),
+    ("feature_int", lambda: functional.feature_loss([Y], [Y]), r"features_p\[0\] must be floating point"),
     ("images_rank", lambda: functional.total_variation(Z), r"images must have the shape \(N, C, H, W\)"),
     ("images_thin", lambda: functional.total_variation(torch.zeros(1, 1, 1, 4)), r"images .* H, W >= 2"),
     ("images_empty", lambda: functional.total_variation(torch.zeros(0, 1, 4, 4)), r"images must have"),

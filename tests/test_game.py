@@ -237,8 +237,8 @@ def test_updates_that_are_not_finite_are_left_out() -> None:
     with torch.no_grad(), opened.phase(Phase.OBSERVE):
         opened.module(batch)
     opened.set_ranges("mse")
-    learner = QuantizedPlayer(opened, Settings(), Pace(2))
-    with opened.phase(Phase.TRAIN):
+    learner = QuantizedPlayer(opened, models.teacher(), Settings(), Pace(2))
+    with learner.learning():
         z_q = opened.module(batch)
         good = torch.autograd.grad(
             learner.loss(z_q.detach() + torch.randn_like(z_q), z_q), learner.parameters
@@ -250,6 +250,38 @@ def test_updates_that_are_not_finite_are_left_out() -> None:
     learner.update(good)
     assert learner.skipped == 1
     assert not all(map(torch.equal, before, learner.parameters))
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_activations_are_part_of_the_loss(own: bool) -> None:
+    opened = FXPrepared(models.prepared(3))
+    teacher = models.teacher() if own else models.teacher(models.trained(seed=5))
+    batch = models.images(8)
+    with torch.no_grad(), opened.phase(Phase.OBSERVE):
+        opened.module(batch)
+    opened.set_ranges("mse")
+    settings = Settings(feature_weight=3.0, learn_step_sizes=False)
+    learner, plain = (
+        QuantizedPlayer(opened, teacher, each, Pace(2))
+        for each in (settings, settings.model_copy(update={"feature_weight": 0.0}))
+    )
+    reference = opened.reference()
+    with learner.learning():
+        z_p, z_q = learner.answers(batch), opened.module(batch)
+        assert torch.allclose(z_p, teacher(batch), atol=1e-4)
+        loss = learner.loss(z_p, z_q)
+        with torch.no_grad(), reference.phase(Phase.FLOAT), reference.activations() as of_p:
+            reference.module(batch)
+            with opened.activations() as of_q:
+                opened.module(batch)
+        expected = sum(
+            float((of_p[name] - of_q[name]).square().mean() / of_p[name].var(correction=0)) for name in of_p
+        )
+        assert abs((loss - plain.loss(z_p, z_q)).item() - 3 * expected / len(of_p)) < 1e-4 * expected
+        for _ in range(20):
+            again = learner.loss(learner.answers(batch), opened.module(batch))
+            learner.step(again)
+    assert again < 0.99 * loss
 
 
 def test_facts_by_trial() -> None:

@@ -14,7 +14,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adadfq_plugin.hooks import capture_inputs, fork_rng, frozen, module_modes, temporary_attributes
+from adadfq_plugin.hooks import (
+    capture_inputs,
+    capture_outputs,
+    fork_rng,
+    frozen,
+    module_modes,
+    temporary_attributes,
+)
 
 
 class StopTestError(Exception):
@@ -109,6 +116,23 @@ class TestCaptureInputs:
             pytest.raises(TypeError, match="the first input of 'scale' must be a tensor; got float"),
         ):
             model(1.0)
+
+
+class TestCaptureOutputs:
+    def test_inside_after_and_nested(self) -> None:
+        model = Scale()
+        with capture_outputs({"outer": model}) as outer:
+            with capture_outputs({"inner": model}) as inner:
+                first = model(torch.tensor(1.0))
+            second = model(torch.tensor(2.0))
+        model(torch.tensor(3.0))
+        assert (outer["outer"], inner["inner"]) == (second, first)
+
+    def test_after_an_exception(self) -> None:
+        model = Scale()
+        with pytest.raises(StopTestError), capture_outputs({"scale": model}):
+            raise StopTestError
+        assert not model._forward_hooks
 
 
 class KeepsItsDropoutOff(nn.Module):

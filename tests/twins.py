@@ -89,6 +89,16 @@ def kl_divergence_loss(z_p: Array, z_q: Array, temperature: float) -> float:
     return temperature * temperature * total / len(z_p)
 
 
+def feature_loss(features_p: Sequence[Array], features_q: Sequence[Array]) -> float:
+    total = 0.0
+    for p, q in zip(features_p, features_q, strict=True):
+        middle = float(p.sum()) / p.size
+        signal = sum((float(value) - middle) ** 2 for value in p.flat)
+        noise = sum((float(a) - float(b)) ** 2 for a, b in zip(p.flat, q.flat, strict=True))
+        total += noise / signal if signal else 0.0
+    return total / len(features_p)
+
+
 def total_variation(images: Array) -> float:
     down = np.abs(images[:, :, 1:, :] - images[:, :, :-1, :])
     right = np.abs(images[:, :, :, 1:] - images[:, :, :, :-1])

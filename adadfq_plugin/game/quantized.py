@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from adadfq_plugin.config import Settings
-from adadfq_plugin.contracts import Prepared
-from adadfq_plugin.functional import kl_divergence_loss, quantized_loss
+from adadfq_plugin.contracts import Phase, Prepared
+from adadfq_plugin.functional import feature_loss, kl_divergence_loss, quantized_loss
 from adadfq_plugin.game.pace import Pace
+from adadfq_plugin.teacher import Teacher
 
 __all__ = ["QuantizedPlayer", "default_step_rate", "in_pieces"]
 
 
 RATE = 0.005
 """Default learning rate of the weights under Adam, in quantization steps of each channel."""
+FEATURES = {2: 10.0, 3: 10.0, 4: 10.0, 5: 10.0}
+"""Default weight of the activations' loss by the narrowest width; none where it isn't named."""
+SAME = 1e-3
+"""Mean difference of logits, in their standard deviations, up to which two networks are the same."""
 
 
 def default_step_rate(bits: int) -> float:
@@ -59,12 +65,19 @@ class QuantizedPlayer:
 
     Args:
         prepared: the private copy of the prepared network.
+        teacher: P.
         settings: losses and rates.
         pace: the phase that the schedule follows.
     """
 
-    def __init__(self, prepared: Prepared, settings: Settings, pace: Pace) -> None:
-        self.prepared, self.settings, self.pace = prepared, settings, pace
+    def __init__(self, prepared: Prepared, teacher: Teacher, settings: Settings, pace: Pace) -> None:
+        self.prepared, self.teacher, self.settings, self.pace = prepared, teacher, settings, pace
+        weight = settings.feature_weight
+        self.feature_weight = FEATURES.get(prepared.lowest_bits, 0.0) if weight is None else weight
+        self._reference: Prepared | None = None
+        self._teaches: bool | None = None
+        self._of_p: Mapping[str, Tensor] = {}
+        self._of_q: Mapping[str, Tensor] = {}
         steps = list(prepared.steps()) if settings.learn_step_sizes else []
         for step in steps:
             step.requires_grad_(True)
@@ -84,11 +97,44 @@ class QuantizedPlayer:
         """Updates left out, for their gradients were not finite."""
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
 
+    @contextmanager
+    def learning(self) -> Iterator[None]:
+        """Q in training for the length of the ``with``, its activations watched where they count."""
+        with self.prepared.phase(Phase.TRAIN):
+            if not self.feature_weight:
+                yield
+                return
+            self._reference = self.prepared.reference()
+            with (
+                self._reference.phase(Phase.FLOAT),
+                self._reference.activations() as self._of_p,
+                self.prepared.activations() as self._of_q,
+            ):
+                yield
+
+    @torch.no_grad()
+    def answers(self, images: Tensor) -> Tensor:
+        """P's logits of images that Q is going to see, and the activations that Q's are to match.
+
+        Both come from one pass through Q's own unquantized copy, unless the teacher is another network.
+        """
+        if self._reference is None:
+            return self.teacher(images)
+        own: Tensor = self._reference.module(images)
+        if self._teaches is None:
+            z_p = self.teacher(images)
+            self._teaches = bool((own - z_p).abs().mean() <= SAME * z_p.std())
+        return own if self._teaches else self.teacher(images)
+
     def loss(self, z_p: Tensor, z_q: Tensor) -> Tensor:
-        """What Q minimises on one batch; no gradient reaches P."""
-        if self.settings.loss == "kl":
-            return kl_divergence_loss(z_p.detach(), z_q, temperature=self.settings.temperature)
-        return quantized_loss(z_p.detach(), z_q, temperature=self.settings.temperature)
+        """What Q minimises on one batch that it and :meth:`answers` have seen; no gradient reaches P."""
+        match = kl_divergence_loss if self.settings.loss == "kl" else quantized_loss
+        loss = match(z_p.detach(), z_q, temperature=self.settings.temperature)
+        if not self.feature_weight:
+            return loss
+        names = list(self._of_p)
+        features = feature_loss([self._of_p[name] for name in names], [self._of_q[name] for name in names])
+        return loss + self.feature_weight * features
 
     def step(self, loss: Tensor) -> None:
         """One update from a loss whose graph leads to Q."""

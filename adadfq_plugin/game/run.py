@@ -99,9 +99,9 @@ class Run:
             self.notes.append("Q was not trained: the ranges alone were set")
             return
         pace = self.plan.pace("game")
-        learner = QuantizedPlayer(self.task.prepared, self.task.settings, pace)
+        learner = QuantizedPlayer(self.task.prepared, self.task.teacher, self.task.settings, pace)
         watching = player.watching() if player is not None else nullcontext()
-        with self._timed("game"), self.task.prepared.phase(Phase.TRAIN), watching as prior:
+        with self._timed("game"), learner.learning(), watching as prior:
             for step in pace:
                 if player is not None and prior is not None and self._is_round(step):
                     figures = self._round(player, prior, learner)
@@ -140,6 +140,8 @@ class Run:
             images, refined = player.refine(prior, images, labels, with_q, quantized)
             self.pool.add(images, labels)
             return {**figures, **refined, **self._lesson(learner, player)}
+        if learner.feature_weight:
+            learner.answers(images.detach())
         loss = learner.loss(z_p, z_q)
         for_q = torch.autograd.grad(loss, learner.parameters, allow_unused=True)
         player.update(for_g)
@@ -155,8 +157,7 @@ class Run:
         else:
             images, _ = self.pool.draw(self.plan.batch_size)
         images = mixed(augment(images.to(self.task.device), self.rng), settings.mixup, self.rng)
-        with torch.no_grad():
-            z_p = self.task.teacher(images)
+        z_p = learner.answers(images)
         loss = learner.loss(z_p, self.task.prepared.module(images))
         learner.step(loss)
         return {"loss": loss.item()}

@@ -25,6 +25,7 @@ _PAPER: dict[str, Any] = {
     "optimizer": "sgd",
     "weight_decay": 1e-4,
     "loss": "information",
+    "feature_weight": 0.0,
     "schedule": "stages",
     "ranges": "minmax",
     "learn_step_sizes": False,

@@ -22,6 +22,7 @@ from adadfq_plugin.backends.fx.folding import float_copy, fold_batch_norm, is_qu
 from adadfq_plugin.backends.fx.kernels import GROUPS, adds_in_16_bits, has_vnni, largest_weight, using_engine
 from adadfq_plugin.contracts import Phase
 from adadfq_plugin.errors import ModelError
+from adadfq_plugin.hooks import capture_outputs
 
 __all__ = ["ENGINE", "IN_FLOAT", "FXPrepared", "prepared_attributes"]
 
@@ -209,6 +210,23 @@ class FXPrepared:
                     module.sampling = False
             for each, training in modes:
                 each.training = training
+
+    def reference(self) -> FXPrepared:
+        """A copy with the weights of now."""
+        twin = copy.copy(self)
+        twin.module = copy.deepcopy(self.module)
+        return twin
+
+    @contextmanager
+    def activations(self) -> Iterator[dict[str, Tensor]]:
+        """The outputs of the activation quantizers, but for the one of the network's input."""
+        names = [
+            str(node.target)
+            for node in self._activation_nodes()
+            if not (isinstance(node.args[0], Node) and node.args[0].op == "placeholder")
+        ]
+        with capture_outputs({name: self.module.get_submodule(name) for name in names}) as seen:
+            yield seen
 
     def set_ranges(self, how: str = "mse") -> None:
         """Turns what OBSERVE has seen into scales and zero points."""

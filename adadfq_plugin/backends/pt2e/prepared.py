@@ -16,9 +16,16 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
 from adadfq_plugin.backends.pt2e.fake_quantize import LearnedFakeQuantize, is_quantizer, replaceable
 from adadfq_plugin.backends.pt2e.folding import float_copy, fold_batch_norm
-from adadfq_plugin.backends.pt2e.graphs import plain_copy, tensor_at, use_eval_mode, use_no_mutation
+from adadfq_plugin.backends.pt2e.graphs import (
+    is_constant,
+    plain_copy,
+    tensor_at,
+    use_eval_mode,
+    use_no_mutation,
+)
 from adadfq_plugin.contracts import Phase
 from adadfq_plugin.errors import ModelError
+from adadfq_plugin.hooks import capture_outputs
 
 __all__ = ["ATTRIBUTES", "IN_FLOAT", "PT2EPrepared", "input_size"]
 
@@ -45,6 +52,11 @@ def input_size(model: GraphModule) -> tuple[Any, ...]:
         raise ModelError(f"the exported model has {len(inputs)} inputs; one batch of images is needed")
     value = inputs[0].meta.get("val")
     return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
+def _is_boundary(node: Any) -> bool:
+    """Whether a value is a weight or the network's input."""
+    return is_constant(node) or bool(node.op == "placeholder")
 
 
 def _sites(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -151,6 +163,23 @@ class PT2EPrepared:
                 module.fake_quant_enabled.copy_(fake_quant)
                 if isinstance(module, LearnedFakeQuantize):
                     module.sampling = False
+
+    def reference(self) -> PT2EPrepared:
+        """A copy with the weights of now."""
+        twin = copy.copy(self)
+        twin.module = copy.deepcopy(self.module)
+        return twin
+
+    @contextmanager
+    def activations(self) -> Iterator[dict[str, Tensor]]:
+        """The outputs of the activation quantizers, but for the one of the network's input."""
+        watched: dict[nn.Module, str] = {}
+        for node in self.module.graph.nodes:
+            module = self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
+            if isinstance(module, LearnedFakeQuantize) and not _is_boundary(node.args[0]):
+                watched.setdefault(module, str(node.target))
+        with capture_outputs({name: module for module, name in watched.items()}) as seen:
+            yield seen
 
     def set_ranges(self, how: str = "mse") -> None:
         """Turns what OBSERVE has seen into scales and zero points; the user's own observers decide for themselves."""

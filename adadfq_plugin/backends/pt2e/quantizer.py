@@ -58,9 +58,6 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
 
     Raises:
         SettingsError: an engine that Inductor doesn't use.
-
-    Example:
-        >>> prepared = prepare_qat_pt2e(exported.module(), SchemeQuantizer(Scheme(weight_bits=4)))  # doctest: +SKIP
     """
 
     def __init__(self, scheme: Scheme) -> None:
