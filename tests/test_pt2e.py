@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import platform
 import shutil
 import subprocess
@@ -46,7 +47,7 @@ from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 from adadfq_plugin.backends.pt2e import LearnedFakeQuantize, PT2EBackend, SchemeQuantizer
 from adadfq_plugin.backends.pt2e import quantizer as quantizer_module
 from adadfq_plugin.backends.pt2e.folding import absorb_eps
-from adadfq_plugin.backends.pt2e.graphs import plain_copy, use_no_mutation
+from adadfq_plugin.backends.pt2e.graphs import plain_copy, use_eval_mode, use_no_mutation
 
 pytestmark = [
     pytest.mark.usefixtures("seeded"),
@@ -358,6 +359,32 @@ def test_calls_in_place_get_their_other_form() -> None:
     assert torch.equal(graph(batch), InPlace()(batch))
 
 
+def test_views_are_not_changed_behind_the_graphs_back() -> None:
+    class Behind(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x * 2
+            y.view(-1).add_(1)
+            return y
+
+    with pytest.raises(ModelError, match=r"'add_'.*changes a view in place whose source is used again"):
+        use_no_mutation(plain_copy(exported(Behind())).graph)
+
+
+def test_modes_are_those_of_evaluation() -> None:
+    class Attention(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            x = nn.functional.dropout2d(x, 0.5, self.training)
+            rate = 0.5 if self.training else 0.0
+            return nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=rate)
+
+    model, batch = nn.Sequential(nn.BatchNorm2d(3), Attention(), nn.AlphaDropout()), models.images(8)
+    model(batch)
+    graph = plain_copy(exported(model.train()))
+    use_eval_mode(graph)
+    graph.recompile()
+    torch.testing.assert_close(graph(batch), model.eval()(batch))
+
+
 # -- refusals ----------------------------------------------------------------------------------
 
 
@@ -419,6 +446,32 @@ def test_refusals_name_the_culprit() -> None:
 
     pair = torch.export.export(Two(), (torch.zeros(2, 4), torch.zeros(2, 4))).module()
     refused(prepare_qat_pt2e(pair, SchemeQuantizer(Scheme())), "has 2 inputs; one batch of images")
+
+
+class Changing(nn.Module):
+    """Computes something else than what its trace holds."""
+
+    calls = itertools.count(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1) * next(self.calls)
+
+
+class Deciding(nn.Module):
+    """Looks at the values of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1) if float(x.sum()) > 0 else -x.flatten(1)
+
+
+def test_what_cannot_be_prepared_is_refused() -> None:
+    backend = PT2EBackend()
+    with pytest.raises(ModelError, match=r"torch.export can't follow Deciding: "):
+        backend.prepare(Deciding(), models.SIZE, Scheme())
+    with pytest.raises(ModelError, match=r"the export of Changing is not what the model computes"):
+        backend.prepare(Changing(), models.SIZE, Scheme())
+    with pytest.raises(ModelError, match=r"Linear is not what convert_pt2e returned"):
+        backend.save(nn.Linear(2, 2), torch.zeros(1, 2), Path("never"))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

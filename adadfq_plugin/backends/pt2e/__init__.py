@@ -30,6 +30,10 @@ from adadfq_plugin.errors import DataError, ModelError
 __all__ = ["LearnedFakeQuantize", "PT2EBackend", "PT2EPrepared", "SchemeQuantizer", "compiled"]
 
 
+TOLERANCE = 1e-3
+"""Relative difference of logits up to which a rewrite is the same network."""
+
+
 def _is_converted(model: GraphModule) -> bool:
     return any(
         isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "quantized_decomposed"
@@ -98,6 +102,7 @@ class PT2EBackend:
             use_eval_mode(graph)
             use_no_mutation(graph.graph)
             absorb_eps(graph)
+            _check(private, graph, example)
             notes, toolkit = dict(graph.meta), "torchao"
             prepared: GraphModule = prepare_qat_pt2e(graph, quantizer)
         except ModelError:
@@ -174,6 +179,23 @@ class PT2EBackend:
         except Exception as error:  # whatever torch's readers raise
             raise DataError(f"{path} is no converted model: {_first_line(error)}") from error
         return loaded
+
+
+def _check(model: nn.Module, graph: GraphModule, like: Tensor) -> None:
+    """Compares the rewritten graph with the model on random images.
+
+    Raises:
+        ModelError: they differ by more than rounding.
+    """
+    images = torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).to(like)
+    with torch.no_grad():
+        expected, found = model(images), graph(images)
+    if isinstance(expected, Tensor):
+        error = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
+        if not error < TOLERANCE:
+            raise ModelError(
+                f"the export of {type(model).__name__} is not what the model computes: relative error {error:.2g}"
+            )
 
 
 def _first_line(error: BaseException) -> str:

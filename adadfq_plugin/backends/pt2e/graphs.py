@@ -145,11 +145,19 @@ def _counts_batches(node: Node) -> bool:
     return isinstance(counter, Node) and str(counter.target).endswith("num_batches_tracked")
 
 
+def _is_view(node: Node) -> bool:
+    """Whether a value shares the memory of the one that it is made of."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not isinstance(node.args[0], Node):
+        return False
+    schema = node.target._schema
+    return not schema.is_mutable and any(each.alias_info is not None for each in schema.returns)
+
+
 def use_no_mutation(graph: Graph) -> None:
     """The out-of-place form of every in-place call: a gradient needs the values that they overwrite.
 
     Raises:
-        ModelError: an in-place call that has no other form.
+        ModelError: an in-place call that has no other form, or that reaches a value by way of a view.
     """
     places = {node: place for place, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
@@ -166,6 +174,8 @@ def use_no_mutation(graph: Graph) -> None:
         changed = node.args[0]
         if overload is None or not isinstance(changed, Node):
             raise ModelError(f"{node.name!r} ({target}) changes its input in place and has no other form")
+        if _is_view(changed) and any(places[user] > places[node] for user in changed.args[0].users):  # type: ignore[union-attr]
+            raise ModelError(f"{node.name!r} ({target}) changes a view in place whose source is used again")
         node.target = overload
         for user in list(changed.users):
             if places[user] > places[node]:
