@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -568,6 +569,14 @@ def test_compiled_models_call_integer_kernels(tmp_path: Path) -> None:
     assert result.quantized is not None
     files = [str(tmp_path / name) for name in ("model.pt2", "batch.pt")]
     PT2EBackend().save(result.quantized, torch.zeros(2, *models.SIZE), Path(files[0]))
+    with zipfile.ZipFile(files[0]) as archive:
+        held = b"".join(map(archive.read, archive.namelist()))
+    assert b"site-packages" not in held  # nothing of the machine that wrote it
+    assert not [
+        name
+        for name in archive.namelist()
+        if "sample_inputs" in name and archive.getinfo(name).file_size > 4096
+    ]
     torch.save(models.images(32), files[1])
     # in a process of its own: Inductor leaves threads and variables behind
     command = [sys.executable, "-c", COMPILE, str(Path(__file__).parent), *files]

@@ -162,7 +162,11 @@ class PT2EBackend:
         several = example if len(example) > 1 else example.repeat(2, *[1] * (example.ndim - 1))
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            program = torch.export.export(graph, (several,), dynamic_shapes=({0: Dim.AUTO},))
+            program: Any = torch.export.export(graph, (several,), dynamic_shapes=({0: Dim.AUTO},))
+            program.example_inputs = None  # images have no place in the file, nor have paths of this machine
+            for node in program.graph.nodes:
+                for key in ("stack_trace", "from_node", "nn_module_stack"):
+                    node.meta.pop(key, None)
             with path.open("wb") as file:
                 torch.export.save(program, file)
 
