@@ -91,13 +91,19 @@ def inductor(qat: bool) -> Quantizer:
 class Users(Quantizer):  # type: ignore[misc]
     """A Quantizer as a user writes one: convolutions, with the specifications given."""
 
-    def __init__(self, activation: Any, weight: Any, bias: Callable[[Any], Any] | None = None) -> None:
+    def __init__(
+        self,
+        activation: Any,
+        weight: Any,
+        bias: Callable[[Any], Any] | None = None,
+        target: Any = ATEN.conv2d.default,
+    ) -> None:
         super().__init__()
-        self.activation, self.weight, self.bias = activation, weight, bias
+        self.activation, self.weight, self.bias, self.target = activation, weight, bias, target
 
     def annotate(self, model: torch.fx.GraphModule) -> torch.fx.GraphModule:
         for node in model.graph.nodes:
-            if node.target is not ATEN.conv2d.default:
+            if node.target is not self.target:
                 continue
             specs = {node.args[0]: self.activation, node.args[1]: self.weight}
             if self.bias is not None and len(node.args) > 2 and node.args[2] is not None:
@@ -172,8 +178,9 @@ MIN_MAX, PER_CHANNEL = MinMaxObserver, PerChannelMinMaxObserver
 CHANNELS = {"qscheme": torch.per_channel_symmetric, "ch_axis": 0}
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("kind", ["fake", "moving", "learnable", "observers"])
+@pytest.mark.parametrize(
+    ("kind", "bits"), [("fake", 8), ("moving", 4), ("learnable", 4), ("observers", 8), ("observers", 4)]
+)
 def test_quantizers_that_users_write(bits: int, kind: str) -> None:
     low, high, top = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, 2**bits - 1
     if kind == "observers":
@@ -227,6 +234,19 @@ def test_ranges_that_are_fixed_or_derived_stay_so() -> None:
         assert {node.args[1] for node in calls} == {1 / 16}
         with torch.no_grad():
             assert (converted(batch) - exact).abs().mean() <= 0.1 * exact.std()
+
+
+def test_layers_that_are_left_in_float_are_folded_as_well() -> None:
+    model, batch = plain(), models.images(32)
+    exact = model(batch)
+    weight = spec(fake(PER_CHANNEL), -128, 127, **CHANNELS)
+    users = Users(spec(fake(MIN_MAX), 0, 255), weight, target=ATEN.linear.default)
+    prepared = prepare_qat_pt2e(exported(model), users)
+    adadfq_plugin.calibrate(prepared, **TOLD)
+    assert not [node for node in prepared.graph.nodes if node.target is ATEN.batch_norm.default]
+    assert levels(prepared, ATEN.conv2d.default) == [None] * 4
+    assert levels(prepared, ATEN.linear.default) == [255, 127]
+    assert (faithful(prepared, batch) - exact).abs().mean() <= 0.05 * exact.std()
 
 
 def test_a_prepared_model_may_be_calibrated_twice() -> None:
