@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -15,13 +15,14 @@ from adadfq_plugin import functional
 from adadfq_plugin.config import Scheme, Settings, build, nearest
 from adadfq_plugin.contracts import Backend, Method, Outcome, Phase, Prepared, Progress, Task
 from adadfq_plugin.dataset import SyntheticDataset
-from adadfq_plugin.errors import ModelError, SettingsError, UnknownNameError
+from adadfq_plugin.errors import BrokenPluginError, ModelError, SettingsError, UnknownNameError
 from adadfq_plugin.history import History
 from adadfq_plugin.hooks import fork_rng, module_modes
 from adadfq_plugin.registry import Registry
 from adadfq_plugin.teacher import Facts, Teacher, find_facts, make_teacher
 
 __all__ = [
+    "AUTO",
     "Evaluation",
     "Result",
     "backends",
@@ -33,6 +34,12 @@ __all__ = [
     "quantize",
     "synthesize",
 ]
+
+AUTO = "auto"
+"""The backend that takes the model: the first of ``PREFERRED``, then of any others."""
+PREFERRED = ("fx", "pt2e")
+NOTES = "adadfq_notes"
+"""Key of a prepared model's ``meta`` for sentences about how it was prepared."""
 
 
 @dataclass
@@ -96,7 +103,9 @@ def _method(value: object) -> Method:
 def _backend(value: object) -> Backend:
     made = value() if isinstance(value, type) else value
     if not isinstance(made, Backend):
-        raise TypeError(f"{value!r} has not all of name, summary, recognises, prepare, open, save, load")
+        raise TypeError(
+            f"{value!r} has not all of name, summary, suffix, recognises, prepare, open, save, load"
+        )
     return made
 
 
@@ -157,13 +166,42 @@ def _backend_of(model: nn.Module, name: str | None) -> Backend:
     if name is not None:
         return _BACKENDS.get(name)
     for candidate in _BACKENDS.names():
-        backend = _BACKENDS.get(candidate)
-        if backend.recognises(model):
-            return backend
+        with suppress(BrokenPluginError):  # without torchao there is no model of torchao
+            backend = _BACKENDS.get(candidate)
+            if backend.recognises(model):
+                return backend
     raise ModelError(
-        f"{type(model).__name__} is not prepared: call prepare_qat_fx or prepare_fx (or adadfq_plugin.prepare) "
+        f"{type(model).__name__} is not prepared: call prepare_qat_fx, prepare_qat_pt2e (or adadfq_plugin.prepare) "
         f"first; known backends: {', '.join(_BACKENDS.names())}"
     )
+
+
+def _prepare(
+    model: nn.Module, input_size: tuple[int, int, int], scheme: Scheme, name: str
+) -> tuple[nn.Module, Backend]:
+    """A prepared copy and the backend that made it; ``auto`` notes which one that is and why."""
+    if name != AUTO:
+        return (toolkit := _BACKENDS.get(name)).prepare(model, input_size, scheme), toolkit
+    refusals: dict[str, str] = {}
+    for candidate in (*PREFERRED, *(each for each in _BACKENDS.names() if each not in PREFERRED)):
+        try:
+            toolkit = _BACKENDS.get(candidate)
+            prepared = toolkit.prepare(model, input_size, scheme)
+            toolkit.open(prepared)
+        except SettingsError as error:
+            if not refusals:
+                raise
+            refusals[candidate] = str(error)
+        except (ModelError, BrokenPluginError) as error:
+            refusals[candidate] = str(error)
+        else:
+            why = "; ".join(f"{other} can't: {reason}" for other, reason in refusals.items())
+            note = f"backend 'auto' took {candidate!r}: {why or 'it comes first, and takes the model'}"
+            if isinstance(getattr(prepared, "meta", None), dict):
+                cast(Any, prepared).meta[NOTES] = [note]
+            return prepared, toolkit
+    reasons = "; ".join(f"{other}: {reason}" for other, reason in refusals.items())
+    raise ModelError(f"no backend takes {type(model).__name__}: {reasons}")
 
 
 def _silent(_phase: str, _step: int, _total: int, _figures: Mapping[str, float]) -> None:
@@ -183,7 +221,8 @@ def prepare(
         model: any float network that maps images to logits; it is not touched.
         input_size: side, (height, width) or (channels, height, width); None: what timm left, or a trial.
         scheme: bit widths and engine.
-        backend: name of the toolkit.
+        backend: name of the toolkit, whose convert is the one to call afterwards; ``auto``: the first that takes the
+            model, ``fx`` before ``pt2e``.
 
     Returns:
         a model for :func:`calibrate` and the toolkit's own convert.
@@ -194,7 +233,7 @@ def prepare(
     with module_modes(model, False):
         facts = find_facts(model, input_size=input_size)
     with fork_rng(0):  # toolkits initialise the modules that they build, to no effect
-        return _BACKENDS.get(backend).prepare(model, facts.input_size, _scheme(scheme))
+        return _prepare(model, facts.input_size, _scheme(scheme), backend)[0]
 
 
 def calibrate(
@@ -221,7 +260,8 @@ def calibrate(
     interrupted, the prepared model is bit for bit what it was.
 
     Args:
-        prepared: what ``prepare_qat_fx`` or ``prepare_fx`` returned; the latter is observed, not trained.
+        prepared: what ``prepare_qat_fx``, ``prepare_fx``, ``prepare_qat_pt2e`` or ``prepare_pt2e`` returned;
+            without ``qat`` it is observed, not trained.
         teacher: the float network P; None: an unquantized copy of ``prepared``.
         example_inputs: as given to prepare; tells the input size.
         input_size: side, (height, width) or (channels, height, width).
@@ -253,7 +293,7 @@ def calibrate(
     with module_modes(source, False):
         facts = find_facts(
             source,
-            relatives=(prepared,),
+            relatives=(prepared, opened.module),
             example_inputs=example_inputs,
             input_size=input_size,
             num_classes=num_classes,
@@ -283,7 +323,7 @@ def calibrate(
         facts=facts,
         samples=outcome.samples,
         history=outcome.history,
-        notes=[*opened.notes, *outcome.notes],
+        notes=[*getattr(prepared, "meta", {}).get(NOTES, ()), *opened.notes, *outcome.notes],
         warnings=told,
         seconds=outcome.seconds,
         macs=frozen.macs,
@@ -327,7 +367,7 @@ def quantize(
     std: Sequence[float] | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
-    backend: str = "fx",
+    backend: str = AUTO,
     progress: Progress | None = None,
 ) -> Result:
     """From a float model to a converted integer network: prepare, calibrate, convert.
@@ -335,7 +375,7 @@ def quantize(
     Args:
         model: any float network that maps images to logits; it is not touched.
         scheme: bit widths and engine.
-        backend: name of the toolkit.
+        backend: name of the toolkit; ``auto``: the first that takes the model, ``fx`` before ``pt2e``.
         method, settings, preset, minutes, input_size, num_classes, mean, std, seed, device, progress: as for
             :func:`calibrate`.
 
@@ -348,11 +388,10 @@ def quantize(
     """
     widths = _scheme(scheme)
     method_settings(_METHODS.get(method), settings, preset)  # refuse before any work
-    toolkit = _BACKENDS.get(backend)
     with module_modes(model, False):
         facts = find_facts(model, input_size=input_size, num_classes=num_classes, mean=mean, std=std)
     with fork_rng(seed):
-        prepared = toolkit.prepare(model, facts.input_size, widths)
+        prepared, toolkit = _prepare(model, facts.input_size, widths, backend)
     result = calibrate(
         prepared,
         teacher=model,
@@ -366,7 +405,7 @@ def quantize(
         minutes=minutes,
         seed=seed,
         device=device,
-        backend=backend,
+        backend=toolkit.name,
         progress=progress,
     )
     with fork_rng(seed):

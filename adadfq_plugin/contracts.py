@@ -115,6 +115,8 @@ class Backend(Protocol):
 
     name: str
     summary: str
+    suffix: str
+    """How the names of the files end that ``save`` writes."""
 
     def recognises(self, model: nn.Module) -> bool:
         """Whether ``model`` is this toolkit's, prepared or already converted."""

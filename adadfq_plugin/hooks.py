@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 __all__ = ["capture_inputs", "capture_outputs", "fork_rng", "frozen", "module_modes", "temporary_attributes"]
 
@@ -102,7 +103,8 @@ def module_modes(module: nn.Module, training: bool) -> Iterator[None]:
     """Put a module and all its submodules into train or eval mode; give each its own flag back afterwards.
 
     ``module.train(training)`` does the first, so a module that overrides ``train`` (a frozen BatchNorm, say)
-    is asked. The flags are put back one by one, so a mixture of modes survives.
+    is asked. The flags are put back one by one, so a mixture of modes survives. A graph of ``torch.export``
+    refuses to change its mode, which is part of the graph; it stays as it is.
 
     Args:
         module: The root of the tree.
@@ -122,7 +124,11 @@ def module_modes(module: nn.Module, training: bool) -> Iterator[None]:
     """
     flags = [(submodule, submodule.training) for submodule in module.modules()]
     try:
-        module.train(training)
+        try:
+            module.train(training)
+        except NotImplementedError:
+            if not isinstance(module, GraphModule):
+                raise
         yield
     finally:
         for submodule, flag in flags:

@@ -120,7 +120,7 @@ class PriorSum:
             if why is not None:
                 raise ModelError(
                     f"prior {prior.name!r} can't be used: {why}; pass teacher= a float model with trained "
-                    "BatchNorm layers (prepare_fx folds them away), or use method 'noise'"
+                    "BatchNorm layers (prepare_fx and prepare_pt2e fold them away), or use method 'noise'"
                 )
 
     @contextmanager

@@ -1,17 +1,19 @@
-"""Which timm families go through the whole FX quantization path: the table docs/coverage.md.
+"""Which timm families go through the whole quantization path of a backend: the table docs/coverage.md.
 
 Each family's smallest architecture, randomly initialised, in a process of its own: ``adadfq_plugin.prepare``,
-``adadfq_plugin.calibrate`` on noise with three training steps, ``convert_fx``, and the converted model against the
-fake-quantized one.
+``adadfq_plugin.calibrate`` on noise with three training steps, the toolkit's convert, and the converted model against
+the fake-quantized one.
 
     python benchmarks/coverage.py                 # all families; goes on where an earlier run has stopped
     python benchmarks/coverage.py resnet xcit     # these, again
+    python benchmarks/coverage.py --backend pt2e  # the other toolkit
 """
 
 import argparse
 import copy
 import json
 import multiprocessing
+import operator
 import resource
 import time
 import warnings
@@ -35,12 +37,15 @@ ROOT = Path(__file__).resolve().parent.parent
 ROWS = ROOT / "benchmarks" / "coverage.json"
 TABLE = ROOT / "docs" / "coverage.md"
 IMAGES = 8
+# random weights have no statistics to imitate: noise, and a few real steps of training
+SETTINGS = {"samples": IMAGES, "batch_size": 4, "range_samples": IMAGES, "steps": 3}
+BACKENDS = ("fx", "pt2e")
 Row = dict[str, Any]
 
 
-def run_one(name: str) -> Row:
+def run_one(name: str, backend: str) -> Row:
     """Take one architecture through the path and return its row of the table, however far it has come."""
-    row: Row = {"model": name, "traced": False, "passed": False}
+    row: Row = {"model": name, "backend": backend, "traced": False, "passed": False}
     try:
         fill(row)
     except UntraceableError as error:
@@ -56,14 +61,15 @@ def fill(row: Row) -> None:
 
     torch.manual_seed(0)
     model = timm.create_model(row["model"], pretrained=False)
+    if row["backend"] == "pt2e":
+        fill_pt2e(row, model)
+        return
     traced = trace_smallest(model)
     size = traced.meta[INPUT_SIZE]
     row |= {"traced": True, "input_size": list(size), "multiply_adds": count_multiply_adds(traced, size)}
     images = torch.randn(IMAGES, *size)
     prepared = adadfq_plugin.prepare(model, size, scheme={"engine": "x86"})
-    # random weights have no statistics to imitate: noise, and a few real steps of training
-    settings = {"samples": IMAGES, "batch_size": 4, "range_samples": IMAGES, "steps": 3}
-    adadfq_plugin.calibrate(prepared, method="noise", settings=settings, input_size=size)
+    adadfq_plugin.calibrate(prepared, method="noise", settings=SETTINGS, input_size=size)
     prepared = prepared.eval()
     assert isinstance(prepared, fx.GraphModule)
     with torch.no_grad():
@@ -72,6 +78,31 @@ def fill(row: Row) -> None:
         converted = convert_fx(copy.deepcopy(prepared))
         actual = first(converted(images))
     row["integer_share"] = sum(integer_multiply_adds(traced, converted, size).values()) / row["multiply_adds"]
+    compare(row, expected, unquantized, actual)
+
+
+def fill_pt2e(row: Row, model: nn.Module) -> None:
+    """The same through torchao; integer is what stands between its dequantize calls and can be lowered."""
+    from torchao.quantization.pt2e import disable_fake_quant as disable
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
+
+    size = smallest_size(model)
+    row |= {"input_size": list(size), "multiply_adds": count_multiply_adds(model, size)}
+    images = torch.randn(IMAGES, *size)
+    prepared = adadfq_plugin.prepare(model, size, backend="pt2e")
+    row["traced"] = True
+    adadfq_plugin.calibrate(prepared, method="noise", settings=SETTINGS, input_size=size)
+    with torch.no_grad():
+        expected = first(prepared(images))
+        unquantized = first(copy.deepcopy(prepared).apply(disable)(images))
+        converted = convert_pt2e(copy.deepcopy(prepared))
+        actual = first(converted(images))
+    row["integer_share"] = dequantized_multiply_adds(converted, images[:2]) / row["multiply_adds"]
+    compare(row, expected, unquantized, actual)
+
+
+def compare(row: Row, expected: Tensor, unquantized: Tensor, actual: Tensor) -> None:
+    """Write the distances between the fake-quantized, the float and the converted model's logits into the row."""
     row["agreement"] = float((expected.argmax(-1) == actual.argmax(-1)).float().mean())
     row["relative_error"] = float((actual - expected).norm() / expected.norm())
     row["quantization_error"] = float((expected - unquantized).norm() / unquantized.norm())
@@ -80,13 +111,18 @@ def fill(row: Row) -> None:
 
 def trace_smallest(model: nn.Module) -> fx.GraphModule:
     """Rewrite the model for the smallest input size that it runs with."""
+    return traceable(model, smallest_size(model))
+
+
+def smallest_size(model: nn.Module) -> tuple[int, int, int]:
+    """The smallest input size that the model runs with."""
     for size in zoo.candidate_sizes(model):
         try:
             with torch.no_grad():
                 model.eval()(torch.zeros(2, *size))
         except Exception:  # too small for this architecture; the last size is the one that it is meant for
             continue
-        return traceable(model, size)
+        return size
     raise RuntimeError("the model does not run with its own input size")
 
 
@@ -126,6 +162,36 @@ def integer_multiply_adds(
     return counts
 
 
+class Counted(fx.Interpreter):
+    """Counts the multiply-adds of the layers and products of which both operands are dequantized."""
+
+    total = 0
+
+    def run_node(self, n: fx.Node) -> Any:
+        operands = [self.origin(each) for each in n.args[:2] if isinstance(each, fx.Node)]
+        if len(operands) < 2 or not all("dequantize" in str(each.target) for each in operands):
+            return super().run_node(n)
+        with FlopCounterMode(display=False) as counter:
+            result = super().run_node(n)
+        self.total += int(counter.get_total_flops())
+        return result
+
+    @staticmethod
+    def origin(node: fx.Node) -> fx.Node:
+        """The tensor whose values these are, in another shape."""
+        while str(node.target).split(".")[1:2] == ["transpose"] or node.target is operator.getitem:
+            (node,) = node.all_input_nodes
+        return node
+
+
+def dequantized_multiply_adds(converted: fx.GraphModule, images: Tensor) -> int:
+    """Return the multiply-adds for one image that integer kernels can do."""
+    counted = Counted(converted)
+    with torch.no_grad():
+        counted.run(images)
+    return counted.total // (2 * len(images))
+
+
 def run_in_process(row: Row, connection: Connection, gibibytes: int) -> None:
     """Complete the row of a family and send it through the connection."""
     warnings.simplefilter("ignore")
@@ -134,7 +200,7 @@ def run_in_process(row: Row, connection: Connection, gibibytes: int) -> None:
     try:
         if "model" not in row:
             row["model"], row["parameters"] = zoo.smallest_architecture(row["family"])
-        row |= run_one(row["model"])
+        row |= run_one(row["model"], row["backend"])
     except Exception as error:
         row |= {"passed": False, "reason": f"{type(error).__name__}: {error}"[:300]}
     connection.send(row)
@@ -162,24 +228,30 @@ def run_family(known: Row, seconds: int, gibibytes: int) -> Row:
 
 def write_table(rows: dict[str, Row]) -> None:
     """Write the Markdown table."""
-    done = sorted((row for row in rows.values() if "passed" in row), key=lambda row: row["family"])
-    passed = sum(row["passed"] for row in done)
+    done = [row for row in rows.values() if "passed" in row]
+    done.sort(key=lambda row: (row["family"], row["backend"]))
+    families = {row["family"] for row in rows.values()}
+    passed = {each: sum(row["passed"] for row in done if row["backend"] == each) for each in BACKENDS}
+    run = {each: sum(row["backend"] == each for row in done) for each in BACKENDS}
+    either = len({row["family"] for row in done if row["passed"]})
     lines = [
-        "# timm families through FX quantization",
+        "# timm families through quantization",
         "",
-        f"Of {len(rows)} families {len(done)} have been run; {passed} of these go the whole way at W8A8:",
-        "`adadfq_plugin.prepare`, `adadfq_plugin.calibrate` (noise, three training steps),",
-        "`convert_fx`, and a run of the integer model. One architecture for each",
+        f"Of {len(families)} families {either} go the whole way at W8A8 on at least one backend:",
+        f"{passed['fx']} of {run['fx']} that were run on `fx`, {passed['pt2e']} of {run['pt2e']} on `pt2e`.",
+        "The way: `adadfq_plugin.prepare`, `adadfq_plugin.calibrate` (noise, three training steps), `convert_fx` or",
+        "`convert_pt2e`, and a run of the converted model. One architecture for each",
         "family, the one with the fewest parameters, randomly initialised. Integer: share of the multiply-adds of",
-        "convolutions, linear layers and matrix products that integer modules do. Agreement: top-1 of the converted",
+        "convolutions, linear layers and matrix products that integer modules do (`fx`), or whose operands are both",
+        "dequantized, so that Inductor finds an integer kernel for them (`pt2e`). Agreement: top-1 of the converted",
         f"model against the fake-quantized one on {IMAGES} random images; converted: the relative error of its logits;",
         "quantized: that of the fake-quantized model's against the same model without quantization. Random weights",
         "amplify each rounding: where quantization changes the logits a lot, another order of roundings does so too.",
         "",
-        "Written by `python benchmarks/coverage.py`.",
+        "Written by `python benchmarks/coverage.py` and `python benchmarks/coverage.py --backend pt2e`.",
         "",
-        "| family | model | input | traced | integer | agreement | converted | quantized | refused because |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| family | backend | model | input | traced | integer | agreement | converted | quantized | refused because |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in done:
         side = "x".join(map(str, row["input_size"][1:])) if "input_size" in row else ""
@@ -192,7 +264,7 @@ def write_table(rows: dict[str, Row]) -> None:
         }
         figures = [format(row[key], style) if key in row else "" for key, style in columns.items()]
         reason = " ".join(row.get("reason", "").split()).replace("|", "\\|")[:300]
-        cells = [row["family"], row.get("model", ""), side, traced, *figures, reason]
+        cells = [row["family"], row["backend"], row.get("model", ""), side, traced, *figures, reason]
         lines.append("| " + " | ".join(cells) + " |")
     TABLE.parent.mkdir(exist_ok=True)
     TABLE.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -209,21 +281,28 @@ def main() -> None:
     parser.add_argument(
         "--gibibytes", type=int, default=10, help="memory limit for each process (default: 10)"
     )
+    parser.add_argument("--backend", choices=BACKENDS, default="fx", help="toolkit (default: fx)")
     options = parser.parse_args()
     rows: dict[str, Row] = json.loads(ROWS.read_text(encoding="utf-8")) if ROWS.exists() else {}
-    todo = options.families or [family for family in zoo.families() if "passed" not in rows.get(family, {})]
+
+    def key(family: str) -> str:
+        return f"{family} {options.backend}"
+
+    todo = options.families or [name for name in zoo.families() if "passed" not in rows.get(key(name), {})]
 
     def run(family: str) -> Row:
         # The search for the smallest architecture is slow, and its outcome does not change.
-        kept = {key: rows[family][key] for key in ("model", "parameters") if key in rows.get(family, {})}
-        return run_family({"family": family} | kept, options.seconds, options.gibibytes)
+        known = rows.get(f"{family} fx", {})
+        kept = {name: known[name] for name in ("model", "parameters") if name in known}
+        row = {"family": family, "backend": options.backend} | kept
+        return run_family(row, options.seconds, options.gibibytes)
 
     # What takes long to import is imported once, not for each family.
     multiprocessing.set_forkserver_preload(["__main__", "timm", "torch._dynamo"])
     with ThreadPoolExecutor(options.jobs) as pool:
         for future in as_completed([pool.submit(run, family) for family in todo]):
             row = future.result()
-            rows[row["family"]] = row
+            rows[key(row["family"])] = row
             ROWS.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n", encoding="utf-8")
             write_table(rows)
             figures = {key: row[key] for key in ("agreement", "integer_share", "reason") if key in row}

@@ -125,6 +125,8 @@ def _difference(before: Any, after: Any) -> str:
 def _left_threads(before: list[threading.Thread]) -> list[threading.Thread]:
     # A _DummyThread is a foreign one, of autograd for instance, that Python has only met and can't end.
     new = [t for t in threading.enumerate() if t not in before and not isinstance(t, threading._DummyThread)]
+    # torch.export runs an interpreter whose progress bar, though never shown, keeps a daemon for good.
+    new = [t for t in new if t.name != "tqdm_monitor"]
     deadline = time.monotonic() + THREAD_GRACE_S
     for thread in new:
         thread.join(max(0.0, deadline - time.monotonic()))

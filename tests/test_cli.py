@@ -99,6 +99,8 @@ def test_one_folder_with_all_that_came_of_it(run: Run, given: Given) -> None:
     assert [path.name for path in run.folder.parent.iterdir()] == ["out"]
     report = run.report
     assert (report["name"], report["method"], report["bits"], report["seed"]) == (NAME, "adadfq", "W8A8", 3)
+    assert report["backend"] == "fx"
+    assert report["notes"][0].startswith("backend 'auto' took 'fx'")
     assert report["accuracy"]["count"] == 20
     assert set(report["accuracy"]["top1"]) == {"float", "fake-quantized", "converted"}
     assert report["sizes"]["converted"] == (run.folder / "quantized.pt").stat().st_size
@@ -123,6 +125,23 @@ def test_the_model_reloads_without_this_package(run: Run) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=True)
     assert done.stdout.strip() == "(1, 10) False"
+
+
+def test_the_other_backend(given: Given, tmp_path: Path) -> None:
+    pytest.importorskip("torchao", reason="backend pt2e needs torchao")
+    words = (*given.words, "--backend", "pt2e", "--val", given.images, "-o", tmp_path / "out")
+    ended = adadfq("quantize", *words)
+    assert ended.code == 0, ended.output
+    assert {file.name for file in (tmp_path / "out").iterdir()} == FILES - {"quantized.pt"} | {
+        "quantized.pt2"
+    }
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["backend"] == "pt2e"
+    assert report["fidelity"] == 1
+    assert any("compiled" in note for note in report["notes"])
+    converted = adadfq("evaluate", tmp_path / "out", "--val", given.images)
+    top1 = report["accuracy"]["top1"]["converted"]
+    assert f"converted top-1 {100 * top1:.2f} % " in converted.output
 
 
 def test_the_samples_say_where_they_are_from(run: Run) -> None:

@@ -7,6 +7,7 @@ import re
 import shlex
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,8 +35,17 @@ def commands() -> list[str]:
 @pytest.mark.parametrize(
     "page", [ROOT / "README.md", ROOT / "docs" / "quickstart.md"], ids=lambda page: page.name
 )
+@pytest.mark.parametrize("convert", ["convert_fx", "convert_pt2e"])
 @pytest.mark.usefixtures("seeded")
-def test_the_three_lines_leave_an_integer_network(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_three_lines_leave_an_integer_network(
+    page: Path, convert: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names: dict[str, Any] = {"torch": torch, "adadfq_plugin": adadfq_plugin}
+    if convert == "convert_pt2e":
+        pytest.importorskip("torchao", reason="backend pt2e needs torchao")
+        from adadfq_plugin.backends.pt2e import SchemeQuantizer
+
+        names["quantizer"] = SchemeQuantizer(adadfq_plugin.Scheme())  # the README takes any
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3),
         nn.BatchNorm2d(8),
@@ -50,14 +60,16 @@ def test_the_three_lines_leave_an_integer_network(page: Path, monkeypatch: pytes
     short = {"samples": 16, "batch_size": 8, "steps": 2, "warmup_steps": 2, "range_samples": 16}
     quick = functools.partial(adadfq_plugin.calibrate, settings=short)
     monkeypatch.setattr(adadfq_plugin, "calibrate", quick)
-    names = {"model": model, "example_inputs": example_inputs}
+    names |= {"model": model, "example_inputs": example_inputs}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the input size is a guess here, and the API says so
-        exec(blocks(page, "python")[0], names)
+        exec(next(block for block in blocks(page, "python") if f"{convert}(" in block), names)
     quantized = names["quantized"]
     assert isinstance(quantized, nn.Module)
-    assert sum("quantized" in type(module).__module__ for module in quantized.modules()) >= 2
-    error = quantized(*example_inputs) - expected
+    kinds = [type(module).__module__ for module in quantized.modules()]
+    targets = [str(node.target) for node in names["quantized"].graph.nodes]
+    assert sum("quantized" in name for name in [*kinds, *targets]) >= 2
+    error = quantized(*example_inputs).detach() - expected
     assert float(error.std()) < 0.2 * float(expected.std())
 
 

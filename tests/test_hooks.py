@@ -202,6 +202,13 @@ class TestModuleModes:
             module_modes(model, False).__enter__()
         assert flags(model) == [True, True]
 
+    def test_graphs_of_torch_export_stay_as_they_are(self) -> None:
+        graph = torch.export.export(nn.Sequential(nn.Dropout()), (torch.ones(4),)).module()
+        before = flags(graph)
+        with module_modes(graph, True), module_modes(graph, False):
+            assert flags(graph) == before
+        assert flags(graph) == before
+
 
 def gradient_flags(module: nn.Module) -> list[bool]:
     return [parameter.requires_grad for parameter in module.parameters()]

@@ -26,9 +26,10 @@ from adadfq_plugin.report import Accuracy, Latency, Report, environment, measure
 from adadfq_plugin.report.render import megabytes, percent
 from adadfq_plugin.teacher import Facts
 
-__all__ = ["MODEL_FILE", "Images", "evaluate", "load", "quantize", "summary", "synthesize"]
+__all__ = ["Images", "evaluate", "load", "quantize", "summary", "synthesize"]
 
-MODEL_FILE = "quantized.pt"
+MODEL = "quantized"
+"""Name of the file with the converted model, without its suffix."""
 SAMPLES_FILE = "samples.safetensors"
 SETTINGS_FILE = "settings.toml"
 REPORT_FILE = "report.json"
@@ -88,7 +89,8 @@ def quantize(plan: Plan, output: Path, images: Images | None, *, force: bool, ba
         bars: where progress goes.
     """
     api.method_settings(api.methods().get(plan.run.method), plan.settings, plan.run.preset)
-    backend = api.backends().get(plan.run.backend)
+    if plan.run.backend != api.AUTO:
+        api.backends().get(plan.run.backend)
     check_folder(output, replace=force)
     bars("load", 0, 1, {})
     model, facts, crop_mode = load(plan.network)
@@ -98,7 +100,8 @@ def quantize(plan: Plan, output: Path, images: Images | None, *, force: bool, ba
     top1 = {} if loader is None else {"float": _top1(model, loader, "float", bars)}
     result = api.quantize(model, **_arguments(plan, facts, bars))
     assert result.quantized is not None  # calibrate alone leaves it out
-    converted = result.quantized
+    converted, backend = result.quantized, api.backends().get(result.backend)
+    model_file = f"{MODEL}{backend.suffix}"
     samples = _signed(result.samples, plan, facts)
     if loader is not None:
         top1["fake-quantized"] = _top1(result.prepared, loader, "fake-quantized", bars)
@@ -115,13 +118,13 @@ def quantize(plan: Plan, output: Path, images: Images | None, *, force: bool, ba
     latency = _latency(model, converted, example, bars)
     bars("write", 0, 1, {})
     with atomic_folder(output, replace=force) as folder:
-        warnings += _save(backend, converted, example, folder / MODEL_FILE, output)
+        warnings += _save(backend, converted, example, folder / model_file, output)
         samples.save(folder / SAMPLES_FILE)
         (folder / SETTINGS_FILE).write_text(_settings(plan, result.settings), encoding="utf-8")
         report = Report(
             name=plan.network.name,
             method=plan.run.method,
-            backend=plan.run.backend,
+            backend=result.backend,
             scheme=plan.scheme.model_dump(),
             settings=result.settings.model_dump(),
             seed=plan.run.seed,
@@ -137,7 +140,7 @@ def quantize(plan: Plan, output: Path, images: Images | None, *, force: bool, ba
             notes=result.notes,
             warnings=warnings,
             accuracy=accuracy,
-            sizes={"float": _float_bytes(model), "converted": (folder / MODEL_FILE).stat().st_size},
+            sizes={"float": _float_bytes(model), "converted": (folder / model_file).stat().st_size},
             latency=latency,
             crop_mode=crop_mode,
             environment=environment(),
@@ -181,12 +184,13 @@ def evaluate(plan: Plan, images: Images, bars: Bars) -> Accuracy:
 def _converted(folder: Path) -> tuple[Logits, Facts, str]:
     try:
         values = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
-        facts, backend = facts_from_json(values["facts"]), values["backend"]
+        facts, name = facts_from_json(values["facts"]), values["backend"]
         crop_mode = values["crop_mode"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder} is no folder that 'adadfq quantize' wrote: {error}") from error
     # The method, not the module: a frozen TorchScript module has no train mode that evaluate could put back.
-    return api.backends().get(backend).load(folder / MODEL_FILE).forward, facts, crop_mode
+    backend = api.backends().get(name)
+    return backend.load(folder / f"{MODEL}{backend.suffix}").forward, facts, crop_mode
 
 
 def _top1(model: Logits, loader: zoo.ValidationLoader, network: str, bars: Bars) -> float:

@@ -59,7 +59,9 @@ class Run(_Section):
     minutes: Annotated[float, Field(gt=0)] | None = Field(
         None, description="time that the calibration may take"
     )
-    backend: str = Field("fx", description="toolkit that prepares and converts the network")
+    backend: str = Field(
+        "auto", description="toolkit that prepares and converts the network: fx, pt2e, or the first that can"
+    )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         0, description="of everything that is drawn at random"
     )

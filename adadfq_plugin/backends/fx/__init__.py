@@ -39,6 +39,10 @@ def _is_converted(model: nn.Module) -> bool:
     return any(".nn.quantized" in name or ".intrinsic.quantized" in name for name in names)
 
 
+def _is_torchao(module: nn.Module) -> bool:
+    return any(base.__module__.startswith("torchao.") for base in type(module).__mro__)
+
+
 def _compress(source: Path, target: Path) -> None:
     """Deflates an archive, as torch.jit does for its code alone: zero points take 8 bytes a channel, mostly zeros."""
     with ZipFile(source) as old, ZipFile(target, "w", ZIP_DEFLATED) as new:
@@ -51,6 +55,7 @@ class FXBackend:
 
     name = "fx"
     summary = "torch.ao FX graph mode: prepare_qat_fx, prepare_fx, convert_fx"
+    suffix = ".pt"
 
     def recognises(self, model: nn.Module) -> bool:
         """Whether ``model`` is of torch.ao's FX mode, prepared or already converted."""
@@ -85,6 +90,12 @@ class FXBackend:
         if not isinstance(prepared, GraphModule) or prepared_attributes(prepared) is None:
             raise ModelError(
                 f"{type(prepared).__name__} is not prepared: call prepare_qat_fx (or adadfq_plugin.prepare) first"
+            )
+        mixed = [name for name, each in prepared.named_modules() if _is_torchao(each)]
+        if mixed:
+            raise ModelError(
+                f"the model mixes two toolkits: {mixed[0]!r} is a quantizer of torchao, the graph is torch.ao's; "
+                "build the QConfig from torch.ao's observers and fake quantizers alone"
             )
         return FXPrepared(prepared)
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 
 from adadfq_plugin.errors import SettingsError
+from adadfq_plugin.fake_quantize import largest_weight
 
 __all__ = ["adds_in_16_bits", "best_engine", "has_vnni", "largest_weight", "using_engine"]
 
@@ -81,19 +82,6 @@ def adds_in_16_bits(engine: str, vnni: bool, groups: int) -> bool:
     if engine not in GROUPS:
         return False
     return not vnni or groups > GROUPS[engine]
-
-
-def largest_weight(largest_activation: int) -> int:
-    r"""The largest magnitude of a weight of which two products fit 16 bits: :math:`2\,a\,|w| \le 32767`.
-
-    Args:
-        largest_activation: largest level a of the unsigned activations.
-
-    Example:
-        >>> largest_weight(255), largest_weight(15)
-        (64, 1092)
-    """
-    return 32767 // (2 * largest_activation)
 
 
 @contextmanager

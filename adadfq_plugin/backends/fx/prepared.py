@@ -50,8 +50,15 @@ AVERAGES = (
 
 
 def prepared_attributes(model: nn.Module) -> Any:
-    """torch.ao's notes on a prepared FX model, or None if it isn't one."""
-    return model.meta.get(ATTRIBUTES) if isinstance(model, GraphModule) else None
+    """torch.ao's notes on a prepared FX model, or None if it isn't one; torchao leaves its own in the same place."""
+    if not isinstance(model, GraphModule) or any(map(_is_exported, model.graph.nodes)):
+        return None
+    return model.meta.get(ATTRIBUTES)
+
+
+def _is_exported(node: Node) -> bool:
+    """Whether a call comes from torch.export, which writes ATen's operators."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "aten"
 
 
 def _constant(quantizer: LearnedFakeQuantize) -> LearnedFakeQuantize:

@@ -1,0 +1,182 @@
+"""Exported graphs: private copies, constants, and the same computation without modes and side effects."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+
+from adadfq_plugin.errors import ModelError
+
+__all__ = [
+    "aten",
+    "is_constant",
+    "is_exported",
+    "plain_copy",
+    "set_tensor",
+    "tensor_at",
+    "tidy",
+    "use_eval_mode",
+    "use_no_mutation",
+    "value_of",
+]
+
+aten: Any = torch.ops.aten
+DROPOUTS = (aten.dropout, aten.dropout_, aten.feature_dropout, aten.feature_dropout_, aten.alpha_dropout)
+ATTENTION = aten.scaled_dot_product_attention.default
+GUARDS = "_guards_fn"
+"""torch.export's check of input shapes, which would tie the graph to the example's."""
+
+
+def is_exported(model: nn.Module) -> bool:
+    """Whether the model is a graph of torch.export, at the level of ATen operators."""
+    return isinstance(model, GraphModule) and any(
+        node.op == "call_function"
+        and isinstance(node.target, torch._ops.OpOverload)
+        and node.target.namespace == "aten"
+        for node in model.graph.nodes
+    )
+
+
+def plain_copy(model: GraphModule) -> GraphModule:
+    """A copy with tensors of its own, without input checks, hooks and refusals of ``train`` and ``eval``."""
+    shell = GraphModule(model, copy.deepcopy(model.graph))
+    shell.meta = dict(model.meta)
+    result = copy.deepcopy(shell)
+    for node in list(result.graph.nodes):
+        if node.op == "call_module" and node.target == GUARDS:
+            result.graph.erase_node(node)
+    result.meta = dict(model.meta)
+    return tidy(result)
+
+
+def tidy(model: GraphModule) -> GraphModule:
+    """Leaves out what nothing uses, tensors included; in place."""
+    model.graph.eliminate_dead_code()
+    used = {str(node.target) for node in model.graph.nodes if node.op in ("get_attr", "call_module")}
+    model.delete_all_unused_submodules()
+    for path, _ in [*model.named_parameters(), *model.named_buffers()]:
+        owner, _, name = path.rpartition(".")
+        inside = any(path.startswith(f"{module}.") for module in used)
+        if path not in used and not inside:
+            delattr(model.get_submodule(owner), name)
+    model.recompile()
+    return model
+
+
+def tensor_at(model: nn.Module, path: str) -> Tensor:
+    """The parameter, buffer or constant of a ``get_attr`` node."""
+    owner, _, name = path.rpartition(".")
+    found: Tensor = getattr(model.get_submodule(owner), name)
+    return found
+
+
+def set_tensor(model: nn.Module, path: str, value: Tensor, trained: bool) -> str:
+    """Puts a new parameter beside the one at ``path`` and returns where; nothing is overwritten."""
+    owner, _, name = path.rpartition(".")
+    module, count = model.get_submodule(owner), 0
+    while hasattr(module, name if count == 0 else f"{name}_{count}"):
+        count += 1
+    name = name if count == 0 else f"{name}_{count}"
+    module.register_parameter(name, nn.Parameter(value, requires_grad=trained))
+    return f"{owner}.{name}" if owner else name
+
+
+def is_constant(node: Any) -> bool:
+    """Whether a value depends on parameters and buffers alone."""
+    if not isinstance(node, Node):
+        return True
+    if node.op in ("placeholder", "call_module"):
+        return False
+    return node.op == "get_attr" or all(map(is_constant, node.all_input_nodes))
+
+
+def value_of(model: GraphModule, node: Any) -> Any:
+    """What a constant node computes."""
+    if not isinstance(node, Node):
+        return node
+    if node.op == "get_attr":
+        return tensor_at(model, str(node.target))
+    assert callable(node.target)
+    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda each: value_of(model, each))
+    return node.target(*args, **kwargs)
+
+
+def _set_argument(node: Node, name: str, value: Any) -> None:
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    place = names.index(name)
+    if len(node.args) > place:
+        node.update_arg(place, value)
+    else:
+        node.update_kwarg(name, value)
+
+
+def use_eval_mode(model: GraphModule) -> None:
+    """BatchNorm by its running statistics, no dropout, whatever mode was exported; in place.
+
+    Raises:
+        ModelError: something else draws random numbers, such as drop path.
+    """
+    for node in list(model.graph.nodes):
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        if node.target is aten.batch_norm.default:
+            if node.args[3] is not None:  # without running statistics there is one mode
+                _set_argument(node, "training", False)
+        elif node.target is ATTENTION:
+            _set_argument(node, "dropout_p", 0.0)
+        elif node.target.overloadpacket in DROPOUTS:
+            node.replace_all_uses_with(node.args[0])
+            model.graph.erase_node(node)
+        elif torch.Tag.nondeterministic_seeded in node.target.tags:
+            raise ModelError(
+                f"the model was exported in training mode: {node.name!r} ({node.target}) draws random numbers; "
+                "export it after model.eval()"
+            )
+        elif node.target is aten.add_.Tensor and _counts_batches(node):
+            model.graph.erase_node(node)
+
+
+def _counts_batches(node: Node) -> bool:
+    counter = node.args[0]
+    return isinstance(counter, Node) and str(counter.target).endswith("num_batches_tracked")
+
+
+def _is_view(node: Node) -> bool:
+    """Whether a value shares the memory of the one that it is made of."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not isinstance(node.args[0], Node):
+        return False
+    schema = node.target._schema
+    return not schema.is_mutable and any(each.alias_info is not None for each in schema.returns)
+
+
+def use_no_mutation(graph: Graph) -> None:
+    """The out-of-place form of every in-place call: a gradient needs the values that they overwrite.
+
+    Raises:
+        ModelError: an in-place call that has no other form, or that reaches a value by way of a view.
+    """
+    places = {node: place for place, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        target = node.target
+        if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+            continue
+        if target is aten.view.default:
+            node.target = aten.reshape.default  # a view of channels-last tensors may not exist
+        if not target._schema.is_mutable or target.namespace != "aten":
+            continue
+        name = target._schema.name.split("::")[1]
+        packet = getattr(aten, name[:-1], None) if name.endswith("_") else None
+        overload = getattr(packet, target._overloadname, None)
+        changed = node.args[0]
+        if overload is None or not isinstance(changed, Node):
+            raise ModelError(f"{node.name!r} ({target}) changes its input in place and has no other form")
+        if _is_view(changed) and any(places[user] > places[node] for user in changed.args[0].users):  # type: ignore[union-attr]
+            raise ModelError(f"{node.name!r} ({target}) changes a view in place whose source is used again")
+        node.target = overload
+        for user in list(changed.users):
+            if places[user] > places[node]:
+                user.replace_input_with(changed, node)

@@ -1,0 +1,338 @@
+"""A fake quantizer with a learned step size (LSQ) and a range search, of no toolkit.
+
+Each backend makes it a fake quantizer of its own toolkit: ``class LearnedFakeQuantize(LearnedQuantizer,
+FakeQuantizeBase)``. The toolkit's toggles then work on it, and its convert reads ``calculate_qparams``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["LearnedQuantizer", "largest_weight", "search_range"]
+
+SAMPLE = 8192
+"""Activations kept from each observed batch for the range search."""
+SMALLEST_STEP = torch.finfo(torch.float32).eps
+TIE_GRID = 4096
+"""Fractions of a level: coarse enough to wipe out float noise around one half, fine enough to be exact."""
+PER_CHANNEL = (torch.per_channel_affine, torch.per_channel_symmetric)
+SYMMETRIC = (torch.per_tensor_symmetric, torch.per_channel_symmetric)
+QuantizerT = TypeVar("QuantizerT", bound="LearnedQuantizer")
+
+
+class _LearnedStep(torch.autograd.Function):
+    r"""Fake quantization with LSQ's gradients, written so that it costs no more than an activation.
+
+    With :math:`y = s (q - z)` the gradient for :math:`\log s` is :math:`\sum g\,(y - x)` over the values
+    inside the range and :math:`\sum g\,y` over the clipped ones: two inner products of tensors that the
+    neighbouring layers keep anyway.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, log_scale: Tensor, zero: Tensor, low: int, high: int, axis: int, averages: bool
+    ) -> Tensor:
+        shape = [1] * x.ndim
+        if axis >= 0:
+            shape[axis] = -1
+        scale: Any = log_scale.exp().view(shape)
+        zero_point: Any = zero.view(shape)
+        if axis < 0 and x.device.type == "cpu":  # numbers are faster than one-element tensors
+            scale, zero_point = scale.item(), int(zero)
+        below, above = low - zero_point, high - zero_point
+        y = torch.mul(x, 1 / scale)
+        if averages:
+            y = y.mul_(TIE_GRID).round_().mul_(1 / TIE_GRID)
+        y = y.round_().clamp_(below, above).mul_(scale)
+        ctx.save_for_backward(x, y)
+        ctx.bounds, ctx.axis = (below * scale, above * scale), axis
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, y = ctx.saved_tensors
+        low, high = ctx.bounds
+        if isinstance(low, Tensor):
+            inside = grad * ((x > low) & (x < high))
+        else:
+            inside = torch.ops.aten.hardtanh_backward(grad, x, low, high)
+        if ctx.axis >= 0:
+            others = [dim for dim in range(x.ndim) if dim != ctx.axis]
+            for_scale = (grad * y - inside * x).sum(others)
+        else:
+            for_scale = (_dot(grad, y) - _dot(inside, x)).view(1)
+        return inside, for_scale, None, None, None, None, None
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    formats = [torch.contiguous_format] + [torch.channels_last] * (a.ndim == 4)
+    if any(a.is_contiguous(memory_format=each) and b.is_contiguous(memory_format=each) for each in formats):
+        flat = (a.numel(),), (1,)  # in the order of the memory
+        return torch.dot(a.as_strided(*flat), b.as_strided(*flat))
+    return (a * b).sum()
+
+
+def _levels(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
+    """What ``x`` (C, K) becomes at one scale and zero point a row."""
+    return ((x / scale).round() + zero_point).clamp_(low, high).sub_(zero_point).mul_(scale)
+
+
+def _affine(lower: Tensor, upper: Tensor, low: int, high: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Scale and zero point (rows, 1) of the ranges [lower, upper], zero included exactly."""
+    if symmetric:
+        middle = (low + high + 1) // 2
+        reach = torch.maximum(-lower / (middle - low), upper / (high - middle))
+        scale = reach.clamp_min(SMALLEST_STEP)
+        return scale, torch.full_like(scale, float(middle))
+    scale = ((upper - lower) / (high - low)).clamp_min(SMALLEST_STEP)
+    return scale, (low - (lower / scale).round()).clamp(low, high)
+
+
+def search_range(
+    x: Tensor, low: int, high: int, *, symmetric: bool, candidates: int = 48
+) -> tuple[Tensor, Tensor]:
+    r"""Scale and zero point of least squared error, by a search over clipped ranges.
+
+    .. math:: \min_{s, z} \sum_i \bigl(s\,(\mathrm{clip}(\mathrm{round}(x_i/s) + z, l, h) - z) - x_i\bigr)^2
+
+    The range of the values is shrunk on both sides together, then on each side alone.
+
+    Args:
+        x: values, one row a channel (rows, K).
+        low: smallest level l.
+        high: largest level h.
+        symmetric: zero point in the middle of the levels.
+        candidates: ranges tried in each of the searches.
+
+    Returns:
+        scale and zero point, each (rows,).
+
+    Example:
+        >>> scale, zero = search_range(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), 0, 3, symmetric=False)
+        >>> scale.item(), zero.item()
+        (1.0, 0.0)
+    """
+    x = x.float()
+    lower, upper = x.amin(1, keepdim=True).clamp_max(0), x.amax(1, keepdim=True).clamp_min(0)
+    best_error = torch.full_like(lower, torch.inf)
+    best_lower, best_upper = lower, upper
+    two_sided = bool((lower < 0).any() and (upper > 0).any()) and not symmetric
+    for side in ("both", "upper", "lower") if two_sided else ("both",):
+        start_lower, start_upper = best_lower, best_upper
+        for ratio in torch.linspace(1.0, 0.15, candidates, device=x.device):
+            to_lower = start_lower if side == "upper" else start_lower * ratio
+            to_upper = start_upper if side == "lower" else start_upper * ratio
+            error = (_levels(x, *_affine(to_lower, to_upper, low, high, symmetric), low, high) - x).square()
+            error = error.mean(1, keepdim=True)
+            better = error < best_error
+            best_error = torch.where(better, error, best_error)
+            best_lower = torch.where(better, to_lower, best_lower)
+            best_upper = torch.where(better, to_upper, best_upper)
+    scale, zero_point = _affine(best_lower, best_upper, low, high, symmetric)
+    return scale.squeeze(1), zero_point.squeeze(1)
+
+
+def largest_weight(largest_activation: int) -> int:
+    r"""The largest magnitude of a weight of which two products fit 16 bits: :math:`2\,a\,|w| \le 32767`.
+
+    Args:
+        largest_activation: largest level a of the unsigned activations.
+
+    Example:
+        >>> largest_weight(255), largest_weight(15)
+        (64, 1092)
+    """
+    return 32767 // (2 * largest_activation)
+
+
+class LearnedQuantizer(nn.Module):
+    r"""Fake quantization :math:`\hat x = s\,(\mathrm{clip}(\mathrm{round}(x/s) + z, l, h) - z)`, s learned.
+
+    The step size is kept as its logarithm, so that one learning rate fits scales of any size. Its gradient
+    is LSQ's (Esser et al., ICLR 2020, equation 3) times s. The toolkit's own base class brings the switches
+    ``observer_enabled`` and ``fake_quant_enabled``.
+
+    With the observer on, it sees batches: the range is that of all values seen (min/max), until
+    :meth:`search` replaces it by the range of least squared error over a sample of them.
+
+    Args:
+        quant_min: smallest level l.
+        quant_max: largest level h.
+        dtype: integer type of the converted tensor.
+        qscheme: per tensor or per channel, affine or symmetric.
+        ch_axis: channel axis of per-channel schemes.
+        boundary_max: largest level where the tensor is the network's input or output; None: as elsewhere.
+    """
+
+    observer_enabled: Tensor
+    fake_quant_enabled: Tensor
+    log_scale: nn.Parameter
+    zero_point: Tensor
+    lower: Tensor
+    upper: Tensor
+
+    def __init__(
+        self,
+        quant_min: int = 0,
+        quant_max: int = 255,
+        dtype: torch.dtype = torch.quint8,
+        qscheme: torch.qscheme = torch.per_tensor_affine,
+        ch_axis: int = -1,
+        boundary_max: int | None = None,
+        **_unused: Any,
+    ) -> None:
+        super().__init__()
+        self.quant_min, self.quant_max, self.dtype = quant_min, quant_max, dtype
+        self.qscheme, self.ch_axis, self.boundary_max = qscheme, ch_axis, boundary_max
+        self.is_dynamic = False
+        self.per_channel, self.symmetric = qscheme in PER_CHANNEL, qscheme in SYMMETRIC
+        self.log_scale = nn.Parameter(torch.zeros(1), requires_grad=False)
+        self.register_buffer("zero_point", torch.zeros(1, dtype=torch.int32))
+        self.register_buffer("lower", torch.full((1,), torch.inf))
+        self.register_buffer("upper", torch.full((1,), -torch.inf))
+        self.averages = False
+        """Whether integer averages arrive here: their ties are rounded to even, as integer kernels do."""
+        self.limits: tuple[float, float] | None = None
+        """Bounds of an activation (ReLU6) that this quantizer stands for."""
+        self._sample: list[Tensor] = []
+        self.sampling = False
+
+    @classmethod
+    def like(cls: type[QuantizerT], other: nn.Module) -> QuantizerT:
+        """One with the levels, type and scheme of a toolkit's fake quantizer or observer."""
+        observer: Any = getattr(other, "activation_post_process", other)
+        if isinstance(other, cls):
+            return other
+        return cls(
+            quant_min=int(getattr(other, "quant_min", observer.quant_min)),
+            quant_max=int(getattr(other, "quant_max", observer.quant_max)),
+            dtype=observer.dtype,
+            qscheme=observer.qscheme,
+            ch_axis=int(getattr(observer, "ch_axis", -1)),
+        )
+
+    @property
+    def activation_post_process(self: QuantizerT) -> QuantizerT:
+        """The observer, where toolkits look for it: this module observes for itself."""
+        return self
+
+    @property
+    def eps(self) -> float:
+        """Smallest step size."""
+        return float(SMALLEST_STEP)
+
+    @property
+    def scale(self) -> Tensor:
+        """Step size s: (1,) or (channels,)."""
+        return self.log_scale.exp()
+
+    @property
+    def bits(self) -> int:
+        """Width of the levels."""
+        return (self.quant_max - self.quant_min).bit_length()
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point as the toolkit's convert takes them."""
+        return self.scale.detach(), self.zero_point
+
+    def set_levels(self, quant_min: int, quant_max: int) -> None:
+        """Other levels; the range is to be set again."""
+        self.quant_min, self.quant_max = quant_min, quant_max
+
+    def forward(self, X: Tensor) -> Tensor:
+        observing, quantizing = self.observer_enabled[0] == 1, self.fake_quant_enabled[0] == 1
+        if self.limits is not None and (observing or not quantizing):
+            X = X.clamp(*self.limits)
+        if observing:
+            self._observe(X.detach())
+        if not quantizing:
+            return X
+        return self._fake_quantize(X)
+
+    def _fake_quantize(self, x: Tensor) -> Tensor:
+        axis = self.ch_axis if self.per_channel else -1
+        quantized: Tensor = _LearnedStep.apply(
+            x, self.log_scale, self.zero_point, self.quant_min, self.quant_max, axis, self.averages
+        )
+        return quantized
+
+    def _rows(self, x: Tensor) -> Tensor:
+        return x.movedim(self.ch_axis, 0).flatten(1) if self.per_channel else x.reshape(1, -1)
+
+    def _observe(self, x: Tensor) -> None:
+        if x.numel() == 0:  # a transformer without prefix tokens splits off none
+            return
+        rows = self._rows(x).float()
+        lower, upper = rows.amin(1), rows.amax(1)
+        if self.per_channel:  # a weight: what counts is the newest
+            self.lower, self.upper = lower, upper
+        else:
+            self.lower, self.upper = torch.minimum(self.lower, lower), torch.maximum(self.upper, upper)
+        scale, zero = _affine(
+            self.lower.clamp_max(0), self.upper.clamp_min(0), self.quant_min, self.quant_max, self.symmetric
+        )
+        self._set(scale, zero)
+        if self.sampling:
+            # an odd stride runs through all channels and places
+            stride = max(1, rows.shape[1] // SAMPLE) | 1
+            self._sample.append(rows if self.per_channel else rows[:, ::stride].clone())
+
+    def _set(self, scale: Tensor, zero_point: Tensor) -> None:
+        log_scale = scale.detach().clamp_min(SMALLEST_STEP).log()
+        if log_scale.shape == self.log_scale.shape:
+            self.log_scale.data.copy_(log_scale)
+        else:
+            self.log_scale = nn.Parameter(log_scale, requires_grad=self.log_scale.requires_grad)
+        self.zero_point = zero_point.to(torch.int32)
+
+    def fix(self, scale: Tensor, zero_point: Tensor) -> None:
+        """Sets the range from outside and stops observing."""
+        self._set(scale.reshape(-1), zero_point.reshape(-1))
+        self.observer_enabled[0] = 0
+
+    def reset(self) -> None:
+        """Forgets what was observed."""
+        self.lower, self.upper = (
+            torch.full_like(self.lower, torch.inf),
+            torch.full_like(self.upper, -torch.inf),
+        )
+        self._sample.clear()
+
+    def search(self) -> None:
+        """Sets the range of least squared error over the observed sample, and forgets the sample."""
+        if self._sample:
+            x = self._sample[-1] if self.per_channel else torch.cat(self._sample, dim=1)
+            self._set(*search_range(x, self.quant_min, self.quant_max, symmetric=self.symmetric))
+        self._sample.clear()
+
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """The smallest and the largest value that a level stands for, each (1,) or (channels,)."""
+        scale, zero = self.scale.detach(), self.zero_point
+        return (self.quant_min - zero) * scale, (self.quant_max - zero) * scale
+
+    def saturates_early(self) -> bool:
+        """Whether the integer type holds levels beyond this quantizer's own."""
+        limits = torch.iinfo(
+            {torch.quint8: torch.uint8, torch.qint8: torch.int8}.get(self.dtype, torch.int32)
+        )
+        return self.quant_min > limits.min or self.quant_max < limits.max
+
+    def extra_repr(self) -> str:
+        return f"levels=[{self.quant_min}, {self.quant_max}], dtype={self.dtype}, qscheme={self.qscheme}"
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # per-channel sizes are not known before the first batch
+        for name in ("log_scale", "zero_point", "lower", "upper"):
+            value = state_dict.get(prefix + name)
+            current = getattr(self, name)
+            if value is not None and value.shape != current.shape:
+                fresh = torch.empty_like(value, device=current.device)
+                if name == "log_scale":
+                    self.log_scale = nn.Parameter(fresh, requires_grad=current.requires_grad)
+                else:
+                    setattr(self, name, fresh)
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,0 +1,365 @@
+"""What every backend promises, backend by backend and network by network."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import models
+import pytest
+import torch
+from torch import Tensor, nn
+
+import adadfq_plugin
+from adadfq_plugin import api
+from adadfq_plugin.config import Scheme
+from adadfq_plugin.contracts import Backend, Phase, Prepared
+from adadfq_plugin.errors import DataError, ModelError
+from adadfq_plugin.priors import batch_norms
+from adadfq_plugin.teacher import multiply_adds
+
+pytestmark = [
+    pytest.mark.usefixtures("seeded"),
+    pytest.mark.filterwarnings("ignore:Converting a tensor to a Python"),  # torch.jit.trace
+]
+QUICK: dict[str, Any] = {
+    "samples": 16, "batch_size": 8, "steps": 4, "range_samples": 16, "warmup_steps": 4, "latent_dim": 8,
+    "generator_width": 16,
+}  # fmt: skip
+TOLD: dict[str, Any] = {"input_size": 16, "mean": (0.5,) * 3, "std": (0.25,) * 3, "settings": QUICK}
+NETWORKS: dict[str, Callable[[], nn.Module]] = {"residual": models.trained, "inverted": models.inverted}
+
+
+@pytest.fixture(params=["fx", "pt2e"])
+def backend(request: pytest.FixtureRequest) -> Backend:
+    if request.param == "pt2e":
+        pytest.importorskip("torchao", reason="backend pt2e needs torchao")
+    return api.backends().get(request.param)
+
+
+@pytest.fixture(params=list(NETWORKS))
+def network(request: pytest.FixtureRequest) -> str:
+    return cast(str, request.param)
+
+
+@functools.cache
+def _prepared(backend: str, network: str, bits: int) -> nn.Module:
+    scheme = Scheme(weight_bits=bits, activation_bits=bits)
+    return api.backends().get(backend).prepare(NETWORKS[network](), models.SIZE, scheme)
+
+
+def prepared(backend: Backend, network: str = "residual", bits: int = 8) -> Any:
+    """A fresh copy of a prepared network; preparing takes a second."""
+    return copy.deepcopy(_prepared(backend.name, network, bits))
+
+
+def converted_by_toolkit(backend: Backend, model: Any) -> Any:
+    """The user's own call."""
+    if backend.name == "pt2e":
+        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
+
+        return convert_pt2e(copy.deepcopy(model))
+    from torch.ao.quantization.quantize_fx import convert_fx
+
+    return convert_fx(copy.deepcopy(model).eval())
+
+
+def quiet(model: Any) -> Any:
+    """In eval mode, where the toolkit has modes: the graphs of torch.export refuse to change theirs."""
+    with contextlib.suppress(NotImplementedError):
+        model.eval()
+    return model
+
+
+def observed(opened: Prepared, batch: Tensor, how: str = "mse") -> None:
+    with torch.no_grad(), opened.phase(Phase.OBSERVE):
+        opened.module(batch)
+    opened.set_ranges(how)
+
+
+def logits(opened: Prepared, phase: Phase, batch: Tensor) -> Tensor:
+    with torch.no_grad(), opened.phase(phase):
+        return cast(Tensor, opened.module(batch))
+
+
+def test_they_are_backends(backend: Backend) -> None:
+    assert isinstance(backend, Backend)
+    model = prepared(backend)
+    assert backend.recognises(model)
+    assert isinstance(backend.open(model), Prepared)
+    others = [api.backends().get(name) for name in api.backends().names() if name != backend.name]
+    assert not any(other.recognises(model) for other in others)
+    assert not backend.recognises(models.trained())
+
+
+@pytest.mark.parametrize("bits", [8, 6, 4, 3, 2])
+def test_convert_gives_what_was_calibrated(backend: Backend, network: str, bits: int) -> None:
+    model, batch = prepared(backend, network, bits), models.images(128)
+    opened = backend.open(model)
+    assert opened.lowest_bits == bits
+    observed(opened, batch)
+    fake = logits(opened, Phase.EVALUATE, batch)
+    with torch.no_grad():
+        private = opened.convert()(batch)
+    opened.commit()
+    with torch.no_grad():
+        committed, converted = quiet(model)(batch), converted_by_toolkit(backend, model)(batch)
+    assert torch.equal(fake, committed)
+    assert (
+        private - converted
+    ).abs().mean() <= 0.05 * fake.std()  # torch.ao's engines round ties differently
+    assert (fake - converted).abs().mean() <= 0.05 * fake.std()
+    assert (fake.argmax(1) == converted.argmax(1)).float().mean() >= 0.98
+    exact = NETWORKS[network]()(batch)
+    assert (fake - exact).abs().mean() <= {8: 0.1, 6: 0.2, 4: 0.5, 3: 1.0, 2: 2.0}[bits] * exact.std()
+
+
+def test_float_phases_are_the_network_itself(backend: Backend, network: str) -> None:
+    original, batch = NETWORKS[network](), models.images(8)
+    with torch.no_grad():
+        exact = original(batch)
+    opened = backend.open(prepared(backend, network, 3))
+    for phase in (Phase.FLOAT, Phase.OBSERVE):
+        torch.testing.assert_close(logits(opened, phase, batch), exact, rtol=1e-4, atol=1e-5)
+    opened.set_ranges()
+    assert not torch.allclose(logits(opened, Phase.EVALUATE, batch), exact, atol=1e-3)
+
+
+def test_the_float_model_has_the_networks_layers(backend: Backend, network: str) -> None:
+    original, batch = NETWORKS[network](), models.images(8)
+    model = prepared(backend, network)
+    before = models.state(model)
+    floating = backend.open(model).float_model().eval()
+    with torch.no_grad():
+        torch.testing.assert_close(floating(batch), original(batch), rtol=1e-5, atol=1e-5)
+    ours, theirs = (list(batch_norms(each).values()) for each in (floating, original))
+    assert len(ours) == len(theirs) > 0
+    for our, their in zip(ours, theirs, strict=True):
+        assert our.eps == their.eps
+        for name in ("running_mean", "running_var", "weight", "bias"):
+            torch.testing.assert_close(getattr(our, name), getattr(their, name), rtol=1e-6, atol=1e-6)
+    assert multiply_adds(floating, models.SIZE) == multiply_adds(original, models.SIZE)
+    assert models.same(before, models.state(model))
+
+
+def test_the_users_model_is_touched_by_commit_alone(backend: Backend, network: str) -> None:
+    model, batch = prepared(backend, network, 4), models.images(16)
+    before, code = models.state(model), model.code
+    opened = backend.open(model)
+    observed(opened, batch)
+    for step in opened.steps():
+        step.requires_grad_(True)
+    with opened.phase(Phase.TRAIN):
+        loss = opened.module(batch).square().mean()
+    parameters = [*opened.weights(), *opened.steps()]
+    torch.optim.SGD(parameters, lr=0.01).zero_grad()
+    loss.backward()
+    with torch.no_grad():
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.sub_(0.01 * parameter.grad)
+    opened.convert()
+    assert models.same(before, models.state(model))
+    assert model.code == code
+    opened.commit()
+    assert not models.same(before, models.state(model))
+    opened.convert()
+    after = models.state(model)
+    with torch.no_grad():
+        for parameter in parameters:  # what was written is not the private copy
+            parameter.zero_()
+    assert models.same(after, models.state(model))
+
+
+def test_phases_restore_switches_also_after_an_exception(backend: Backend) -> None:
+    opened = backend.open(prepared(backend, bits=4))
+    before = models.state(opened.module)
+    for outer in Phase:
+        first, second = opened.phase(outer), opened.phase(Phase.FLOAT)
+        with pytest.raises(KeyError), first, second:
+            raise KeyError
+        assert models.same(before, models.state(opened.module))
+
+
+def test_everything_that_is_trained_gets_a_gradient(backend: Backend, network: str) -> None:
+    opened, batch = backend.open(prepared(backend, network, 4)), models.images(16)
+    assert opened.trainable
+    observed(opened, batch)
+    for step in opened.steps():
+        step.requires_grad_(True)
+    with opened.phase(Phase.TRAIN):
+        opened.module(batch).square().mean().backward()
+    weights, units = opened.weights(), opened.weight_units()
+    assert all(step.grad is not None and bool(step.grad.isfinite().all()) for step in opened.steps())
+    assert len(weights) == len(units) > 0
+    for weight, unit in zip(weights, units, strict=True):
+        assert weight.grad is not None
+        assert torch.broadcast_shapes(weight.shape, unit.shape) == weight.shape
+        assert bool((unit > 0).all())
+
+
+def test_the_reference_is_what_the_activations_are_to_become(backend: Backend, network: str) -> None:
+    opened, batch = backend.open(prepared(backend, network, 3)), models.images(8)
+    reference = opened.reference()
+    observed(opened, batch)
+    with torch.no_grad(), reference.phase(Phase.FLOAT), opened.phase(Phase.TRAIN):
+        before = reference.module(batch)
+        for weight in opened.weights():
+            weight.mul_(2)
+        with reference.activations() as of_p, opened.activations() as of_q:
+            assert torch.equal(reference.module(batch), before)
+            z_q = opened.module(batch)
+        assert list(of_p) == list(of_q)
+        assert len(of_q) > 3
+        assert any(torch.equal(each, z_q) for each in of_q.values())  # the logits are among them
+        assert not any(each.shape == batch.shape for each in of_q.values())  # the input isn't
+        assert not any(len(each) != len(batch) for each in of_q.values())  # nor are the weights
+        opened.module(batch * 0)
+        assert any(torch.equal(each, z_q) for each in of_q.values())  # the hooks are gone
+
+
+@pytest.mark.parametrize("how", ["mse", "minmax"])
+def test_ranges_cover_what_was_seen(backend: Backend, how: str) -> None:
+    opened, batch = backend.open(prepared(backend)), models.images(64)
+    observed(opened, batch, how)
+    fake, exact = logits(opened, Phase.EVALUATE, batch), logits(opened, Phase.FLOAT, batch)
+    assert (fake - exact).abs().mean() <= 0.02 * exact.std()
+
+
+def test_channels_with_gamma_zero_convert(backend: Backend) -> None:
+    original = models.trained()
+    with torch.no_grad():
+        original.bn2.weight[:3] = 0
+        original.bn3.weight.zero_()
+    batch = models.images(32)
+    expected = original(batch)
+    model = backend.prepare(original, models.SIZE, Scheme())
+    opened = backend.open(model)
+    observed(opened, batch)
+    opened.commit()
+    converted = converted_by_toolkit(backend, model)(batch)
+    assert torch.isfinite(converted).all()
+    assert (converted - expected).abs().mean() < 0.1 * expected.std() + 0.02
+    again = backend.open(backend.prepare(original, models.SIZE, Scheme())).float_model().eval()
+    torch.testing.assert_close(again(batch), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_the_user_has_frozen_is_not_trained(backend: Backend) -> None:
+    original = models.trained()
+    original.linear.weight.requires_grad_(False)
+    original.conv1.weight.requires_grad_(False)
+    model = backend.prepare(original, models.SIZE, Scheme())
+    free, some = (len(backend.open(each).weights()) for each in (prepared(backend), model))
+    assert free - some == 3  # the bias that BatchNorm leaves behind follows its weight
+    before = original.linear.weight.clone()
+    adadfq_plugin.calibrate(model, **TOLD)
+    after = [each for each in model.parameters() if each.shape == before.shape]
+    limit = before.abs().amax() / 100  # weights may be clipped to their last level
+    assert len(after) == 1
+    assert (after[0] - before).abs().max() <= limit
+
+
+def test_calibrate_is_in_place_repeatable_and_convertible(backend: Backend, network: str) -> None:
+    first, second = prepared(backend, network, 4), prepared(backend, network, 4)
+    result = adadfq_plugin.calibrate(first, **TOLD, seed=3)
+    adadfq_plugin.calibrate(second, **TOLD, seed=3)
+    assert models.same_tensors(models.state(first), models.state(second))
+    assert result.prepared is first
+    assert result.backend == backend.name
+    batch = models.images(64)
+    with torch.no_grad():
+        fake, converted = quiet(first)(batch), converted_by_toolkit(backend, first)(batch)
+    assert (fake.argmax(1) == converted.argmax(1)).float().mean() >= 0.98
+
+
+def test_a_failure_leaves_the_users_model_as_it_was(backend: Backend) -> None:
+    model = prepared(backend, bits=4)
+    before, code = models.state(model), model.code
+
+    def interrupt(phase: str, step: int, _total: int, _figures: Mapping[str, float]) -> None:
+        if phase == "game" and step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        adadfq_plugin.calibrate(model, progress=interrupt, **TOLD)
+    assert models.same(before, models.state(model))
+    assert model.code == code
+    adadfq_plugin.calibrate(model, **TOLD)
+
+
+def test_batches_of_any_size(backend: Backend, network: str, tmp_path: Path) -> None:
+    model = prepared(backend, network)
+    opened = backend.open(model)
+    observed(opened, models.images(16))
+    opened.commit()
+    converted = opened.convert()
+    path = tmp_path / f"model{backend.suffix}"
+    backend.save(converted, torch.zeros(1, *models.SIZE), path)
+    loaded = backend.load(path)
+    whole = models.images(7)
+    with torch.no_grad():
+        for run in (opened.float_model().eval(), quiet(model), converted, loaded):
+            expected = run(whole)
+            for size in (1, 2, 5):
+                torch.testing.assert_close(run(whole[:size]), expected[:size], rtol=1e-5, atol=1e-5)
+        assert torch.equal(loaded(whole), converted(whole))
+    path.write_bytes(b"not a model")
+    with pytest.raises(DataError, match="is no converted model"):
+        backend.load(path)
+
+
+RELOAD = {
+    "fx": "import torch; run = torch.jit.load(sys.argv[1])",
+    "pt2e": (
+        "import torch.ao.quantization.fx._decomposed\n"  # registers the operators
+        "run = torch.export.load(sys.argv[1]).module()"
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_saved_models_run_without_this_package(backend: Backend, tmp_path: Path) -> None:
+    opened, batch = backend.open(prepared(backend)), models.images(5)
+    observed(opened, batch)
+    converted = opened.convert()
+    backend.save(converted, batch[:1], tmp_path / f"model{backend.suffix}")
+    torch.save(batch, tmp_path / "batch.pt")
+    script = (
+        f"import sys, torch, warnings\nwarnings.simplefilter('ignore')\n{RELOAD[backend.name]}\n"
+        "torch.set_num_threads(1)\n"
+        "with torch.no_grad(): torch.save(run(torch.load(sys.argv[2])), sys.argv[3])\n"
+        "assert not {'adadfq_plugin', 'torchao', 'timm'} & set(sys.modules), 'imported'\n"
+    )
+    files = [str(tmp_path / name) for name in (f"model{backend.suffix}", "batch.pt", "logits.pt")]
+    subprocess.run([sys.executable, "-c", script, *files], check=True, capture_output=True)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.load(files[2]), converted(batch), rtol=1e-6, atol=1e-6)
+
+
+def test_refusals_name_the_culprit(backend: Backend) -> None:
+    with pytest.raises(ModelError, match="Residual is not prepared"):
+        backend.open(models.trained())
+    opened = backend.open(prepared(backend))
+    observed(opened, models.images(8))
+    converted = opened.convert()
+    assert backend.recognises(converted)
+    with pytest.raises(ModelError, match="already converted"):
+        adadfq_plugin.calibrate(converted, **TOLD)
+
+
+def test_quantize_goes_the_whole_way(backend: Backend) -> None:
+    model = models.inverted()
+    before = models.state(model)
+    result = adadfq_plugin.quantize(model, backend=backend.name, **TOLD)
+    assert models.same(before, models.state(model))
+    assert result.quantized is not None
+    batch = models.images(32)
+    labels = model(batch).argmax(1)
+    for network in (result.prepared, result.quantized):
+        assert adadfq_plugin.evaluate(network, [(batch, labels)]).top1 >= 0.9

@@ -1,0 +1,610 @@
+"""The PT2E backend: the user's own torchao calls, whatever Quantizer they bring."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import platform
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import models
+import pytest
+import torch
+from torch import Tensor, nn
+
+import adadfq_plugin
+from adadfq_plugin import api
+from adadfq_plugin.config import Scheme
+from adadfq_plugin.contracts import Phase
+from adadfq_plugin.errors import ModelError, SettingsError
+
+pytest.importorskip("torchao", reason="backend pt2e needs torchao")
+
+from torchao.quantization.pt2e import (
+    FakeQuantize,
+    MinMaxObserver,
+    MovingAverageMinMaxObserver,
+    PerChannelMinMaxObserver,
+    disable_observer,
+    enable_observer,
+)
+from torchao.quantization.pt2e.learnable_fake_quantize import LearnableFakeQuantize
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e, prepare_qat_pt2e
+from torchao.quantization.pt2e.quantizer import (
+    DerivedQuantizationSpec,
+    FixedQParamsQuantizationSpec,
+    QuantizationAnnotation,
+    QuantizationSpec,
+    Quantizer,
+)
+from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+from adadfq_plugin.backends.pt2e import LearnedFakeQuantize, PT2EBackend, SchemeQuantizer
+from adadfq_plugin.backends.pt2e import quantizer as quantizer_module
+from adadfq_plugin.backends.pt2e.folding import absorb_eps
+from adadfq_plugin.backends.pt2e.graphs import plain_copy, use_eval_mode, use_no_mutation
+
+pytestmark = [
+    pytest.mark.usefixtures("seeded"),
+    pytest.mark.filterwarnings("ignore:must run observer before calling calculate_qparams:UserWarning"),
+]
+QUICK: dict[str, Any] = {
+    "samples": 16, "batch_size": 8, "steps": 4, "range_samples": 16, "warmup_steps": 4, "latent_dim": 8,
+    "generator_width": 16,
+}  # fmt: skip
+TOLD: dict[str, Any] = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "settings": QUICK}
+DYNAMIC = ({0: torch.export.Dim.AUTO},)
+ATEN: Any = torch.ops.aten
+
+
+def trained(*layers: nn.Module) -> nn.Sequential:
+    """A network with the given layers whose BatchNorm layers have seen data; eval mode."""
+    model = nn.Sequential(*layers)
+    with torch.no_grad():
+        for _ in range(60):
+            model(models.images(32))
+    return model.eval()
+
+
+def plain() -> nn.Sequential:
+    return trained(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 1, bias=False),
+        nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4),
+    )  # fmt: skip
+
+
+def exported(model: nn.Module, batch: int = 2, dynamic: bool = True) -> Any:
+    example = (torch.zeros(batch, *models.SIZE),)
+    return torch.export.export(model, example, dynamic_shapes=DYNAMIC if dynamic else None).module()
+
+
+def inductor(qat: bool) -> Quantizer:
+    return x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config(is_qat=qat))
+
+
+class Users(Quantizer):  # type: ignore[misc]
+    """A Quantizer as a user writes one: convolutions, with the specifications given."""
+
+    def __init__(
+        self,
+        activation: Any,
+        weight: Any,
+        bias: Callable[[Any], Any] | None = None,
+        target: Any = ATEN.conv2d.default,
+    ) -> None:
+        super().__init__()
+        self.activation, self.weight, self.bias, self.target = activation, weight, bias, target
+
+    def annotate(self, model: torch.fx.GraphModule) -> torch.fx.GraphModule:
+        for node in model.graph.nodes:
+            if node.target is not self.target:
+                continue
+            specs = {node.args[0]: self.activation, node.args[1]: self.weight}
+            if self.bias is not None and len(node.args) > 2 and node.args[2] is not None:
+                specs[node.args[2]] = self.bias(node)
+            node.meta["quantization_annotation"] = QuantizationAnnotation(
+                input_qspec_map=specs, output_qspec=None, _annotated=True
+            )
+        return model
+
+    def validate(self, model: torch.fx.GraphModule) -> None:
+        pass
+
+
+def spec(kind: Any, low: int, high: int, **more: Any) -> QuantizationSpec:
+    signed = torch.int8 if low < 0 else torch.uint8
+    values = {"dtype": signed, "qscheme": torch.per_tensor_affine, **more}
+    return QuantizationSpec(observer_or_fake_quant_ctr=kind, quant_min=low, quant_max=high, **values)
+
+
+def fake(observer: Any) -> Any:
+    return FakeQuantize.with_args(observer=observer)
+
+
+def faithful(prepared: Any, batch: Tensor) -> Tensor:
+    """What the user's own convert gives; it is what the calibrated model computes."""
+    with torch.no_grad():
+        before = prepared(batch)
+        after: Tensor = convert_pt2e(prepared)(batch)
+    assert (before - after).abs().max() <= 1e-4 * before.std()
+    return after
+
+
+# -- the user's own flow -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["exported-eval", "exported-train"])
+def test_the_three_lines_with_inductors_quantizer(training: bool) -> None:
+    model, batch = plain(), models.images(64)
+    exact = model(batch)
+    prepared = prepare_qat_pt2e(exported(model.train(training)), inductor(qat=True))
+    result = adadfq_plugin.calibrate(prepared, **TOLD)
+    assert result.backend == "pt2e"
+    assert result.facts.sources["input_size"] == "model"
+    assert result.facts.input_size == models.SIZE
+    assert not result.warnings
+    after = faithful(prepared, batch)
+    assert (after - exact).abs().mean() <= 0.05 * exact.std()
+
+
+def test_models_of_prepare_pt2e_are_observed_by_their_own_observers() -> None:
+    model, batch = plain(), models.images(64)
+    exact = model(batch)
+    prepared = prepare_pt2e(exported(model), inductor(qat=False))
+    with pytest.raises(ModelError, match=r"no BatchNorm.*teacher=.*prepare_pt2e"):
+        adadfq_plugin.calibrate(prepared, **TOLD)
+    kinds = {name: type(each) for name, each in prepared.named_modules()}
+    weights = {name: each.clone() for name, each in prepared.named_parameters()}
+    result = adadfq_plugin.calibrate(prepared, teacher=model, **TOLD)
+    assert any("not trained" in note for note in result.notes)
+    assert result.agreement >= 0.9
+    assert result.sqnr_db < 80  # it has been quantized, not only observed
+    del kinds["_guards_fn"]  # torch.export's check of the shapes
+    assert {name: type(each) for name, each in prepared.named_modules()} == kinds
+    for name, each in prepared.named_parameters():
+        assert torch.equal(each, weights[name])
+    with torch.no_grad():
+        after = convert_pt2e(prepared)(batch)
+    assert (after - exact).abs().mean() <= 0.1 * exact.std()
+
+
+MIN_MAX, PER_CHANNEL = MinMaxObserver, PerChannelMinMaxObserver
+CHANNELS = {"qscheme": torch.per_channel_symmetric, "ch_axis": 0}
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits"), [("fake", 8), ("moving", 4), ("learnable", 4), ("observers", 8), ("observers", 4)]
+)
+def test_quantizers_that_users_write(bits: int, kind: str) -> None:
+    low, high, top = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, 2**bits - 1
+    if kind == "observers":
+        users = Users(spec(MIN_MAX, 0, top), spec(PER_CHANNEL, low, high, **CHANNELS))
+    elif kind == "learnable":
+        learn = LearnableFakeQuantize.with_args(observer=MovingAverageMinMaxObserver)
+        users = Users(spec(learn, 0, top), spec(fake(PER_CHANNEL), low, high, **CHANNELS))
+    else:
+        observer = MIN_MAX if kind == "fake" else MovingAverageMinMaxObserver
+        weight = spec(fake(MIN_MAX), low, high, qscheme=torch.per_tensor_symmetric)
+        users = Users(spec(fake(observer), 0, top), weight)
+    model, batch = plain(), models.images(32)
+    exact = model(batch)
+    prepare = prepare_pt2e if kind == "observers" else prepare_qat_pt2e
+    prepared = prepare(exported(model), users)
+    opened = PT2EBackend().open(prepared)
+    assert opened.lowest_bits == bits
+    with torch.no_grad(), opened.phase(Phase.OBSERVE):
+        opened.module(batch)
+    opened.set_ranges()
+    with torch.no_grad(), opened.phase(Phase.EVALUATE):
+        expected = opened.module(batch)
+    opened.commit()
+    with torch.no_grad():
+        torch.testing.assert_close(convert_pt2e(prepared)(batch), expected, rtol=1e-4, atol=1e-4)
+    assert (expected - exact).abs().mean() <= {8: 0.1, 4: 1.0}[bits] * exact.std()
+
+
+def test_ranges_that_are_fixed_or_derived_stay_so() -> None:
+    def bias(node: Any) -> DerivedQuantizationSpec:
+        def derive(sources: list[Any]) -> tuple[Tensor, Tensor]:
+            scale = sources[0].calculate_qparams()[0] * sources[1].calculate_qparams()[0]
+            return scale, torch.zeros(scale.shape, dtype=torch.int32)
+
+        edges = [(node.args[0], node), (node.args[1], node)]
+        return DerivedQuantizationSpec(
+            derived_from=edges, derive_qparams_fn=derive, dtype=torch.int32, quant_min=-(2**31),
+            quant_max=2**31 - 1, qscheme=torch.per_channel_symmetric, ch_axis=0,
+        )  # fmt: skip
+
+    fixed = FixedQParamsQuantizationSpec(torch.uint8, 1 / 16, 128, 0, 255, torch.per_tensor_affine)
+    model = trained(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    batch = models.images(32)
+    exact = model(batch)
+    for prepare, weight in ((prepare_pt2e, PER_CHANNEL), (prepare_qat_pt2e, fake(PER_CHANNEL))):
+        users = Users(fixed, spec(weight, -128, 127, **CHANNELS), bias)
+        prepared = prepare(exported(model), users)
+        adadfq_plugin.calibrate(prepared, teacher=model, **TOLD)
+        converted = convert_pt2e(prepared)
+        calls = [node for node in converted.graph.nodes if "quantize_per_tensor" in str(node.target)]
+        assert {node.args[1] for node in calls} == {1 / 16}
+        with torch.no_grad():
+            assert (converted(batch) - exact).abs().mean() <= 0.1 * exact.std()
+
+
+def test_layers_that_are_left_in_float_are_folded_as_well() -> None:
+    model, batch = plain(), models.images(32)
+    exact = model(batch)
+    weight = spec(fake(PER_CHANNEL), -128, 127, **CHANNELS)
+    users = Users(spec(fake(MIN_MAX), 0, 255), weight, target=ATEN.linear.default)
+    prepared = prepare_qat_pt2e(exported(model), users)
+    adadfq_plugin.calibrate(prepared, **TOLD)
+    assert not [node for node in prepared.graph.nodes if node.target is ATEN.batch_norm.default]
+    assert levels(prepared, ATEN.conv2d.default) == [None] * 4
+    assert levels(prepared, ATEN.linear.default) == [255, 127]
+    assert (faithful(prepared, batch) - exact).abs().mean() <= 0.05 * exact.std()
+
+
+def test_a_prepared_model_may_be_calibrated_twice() -> None:
+    prepared, batch = PT2EBackend().prepare(models.trained(), models.SIZE, Scheme()), models.images(16)
+    for _ in range(2):
+        adadfq_plugin.calibrate(prepared, teacher=models.trained(), **TOLD)
+    faithful(prepared, batch)
+
+
+def test_torchaos_switches_work() -> None:
+    prepared = PT2EBackend().prepare(models.trained(), models.SIZE, Scheme())
+    ours = [each for each in prepared.modules() if isinstance(each, LearnedFakeQuantize)]
+    prepared.apply(disable_observer)
+    assert not any(bool(each.observer_enabled[0]) for each in ours)
+    prepared.apply(enable_observer)
+    assert all(bool(each.observer_enabled[0]) for each in ours)
+
+
+# -- what is quantized -------------------------------------------------------------------------
+
+
+def levels(prepared: Any, target: Any) -> list[int | None]:
+    """The largest level of each input of the calls of an operator; None where it is in float."""
+    found = []
+    for node in prepared.graph.nodes:
+        if node.target is target:
+            for each in node.args[:2]:
+                while each.target in quantizer_module.RESHAPES:
+                    each = each.args[0]
+                module = prepared.get_submodule(each.target) if each.op == "call_module" else None
+                found.append(module.quant_max if isinstance(module, LearnedFakeQuantize) else None)
+    return found
+
+
+def test_every_layer_and_sum_is_quantized_and_the_boundary_is_wide() -> None:
+    scheme = Scheme(weight_bits=3, activation_bits=4, boundary_bits=7)
+    prepared = PT2EBackend().prepare(models.trained(), models.SIZE, scheme)
+    opened = PT2EBackend().open(prepared)
+    assert opened.lowest_bits == 3
+    assert levels(opened.module, ATEN.conv2d.default) == [127, 3, 15, 3, 15, 3]
+    assert levels(opened.module, ATEN.linear.default) == [15, 3]
+    assert levels(opened.module, ATEN.add.Tensor) == [15, 15]
+    (output,) = [node for node in opened.module.graph.nodes if node.op == "output"]
+    assert opened.module.get_submodule(output.args[0][0].target).quant_max == 127
+
+
+class Block(nn.Module):
+    """A transformer's residual stream and a product of two activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm, self.inner = nn.Conv2d(3, 8, 4, stride=4), nn.LayerNorm(8), nn.Linear(8, 8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        y = self.norm(x + self.inner(x))
+        weights = torch.softmax(y @ y.transpose(1, 2), -1)
+        return cast(Tensor, self.head(self.norm(y + weights @ y).mean(1)))
+
+
+def test_a_stream_that_layer_norm_reads_stays_in_float() -> None:
+    prepared = PT2EBackend().prepare(Block().eval(), models.SIZE, Scheme(activation_bits=6))
+    # the first operands are read by the linear layer and by the product as well
+    assert levels(prepared, ATEN.add.Tensor) == [63, None, 63, None]
+    assert levels(prepared, ATEN.matmul.default) == [63, 63, 63, 63]
+
+
+def test_without_vnni_weights_are_narrowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    opened = PT2EBackend().open(PT2EBackend().prepare(models.trained(), models.SIZE, Scheme()))
+    assert levels(opened.module, ATEN.conv2d.default)[1::2] == [63, 63, 63]
+    assert "4 layers have 7-bit weights" in opened.notes[0]
+    narrow = PT2EBackend().prepare(models.trained(), models.SIZE, Scheme(weight_bits=4))
+    assert not any("7-bit" in note for note in PT2EBackend().open(narrow).notes)
+
+
+def test_only_inductors_engines() -> None:
+    with pytest.raises(SettingsError, match=r"'qnnpack' is not one of backend 'pt2e'.*onednn"):
+        SchemeQuantizer(Scheme(engine="qnnpack"))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_transposed_and_one_dimensional_layers_convert(groups: int) -> None:
+    model = trained(
+        nn.Conv2d(3, 8, 3, stride=2, padding="valid"), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.ConvTranspose2d(8, 4, 2, stride=2, groups=groups), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(2),
+        nn.Conv1d(4, 6, 3), nn.BatchNorm1d(6, affine=False), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten(),
+        nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4),
+    )  # fmt: skip
+    batch = models.images(64)
+    exact = model(batch)
+    prepared = PT2EBackend().prepare(model, models.SIZE, Scheme())
+    opened = PT2EBackend().open(prepared)
+    with torch.no_grad(), opened.phase(Phase.FLOAT):
+        torch.testing.assert_close(opened.module(batch), exact, rtol=1e-4, atol=1e-4)
+    assert not [node for node in opened.module.graph.nodes if node.target is ATEN.batch_norm.default]
+    adadfq_plugin.calibrate(prepared, teacher=model, **TOLD)
+    assert (faithful(prepared, batch) - exact).abs().mean() <= 0.1 * exact.std()
+
+
+# -- BatchNorm ---------------------------------------------------------------------------------
+
+
+def test_absorbed_eps_is_exact() -> None:
+    model = trained(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, eps=0.1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    batch, norm = models.images(8), cast(nn.BatchNorm2d, model[1])
+    before = norm.running_var.clone()  # type: ignore[union-attr]
+    graph = plain_copy(exported(model))
+    absorb_eps(graph)
+    (call,) = [node for node in graph.graph.nodes if node.target is ATEN.batch_norm.default]
+    assert call.args[7] == 1e-5
+    with torch.no_grad():
+        torch.testing.assert_close(graph(batch), model(batch), rtol=1e-5, atol=1e-6)
+    assert torch.equal(before, norm.running_var)  # type: ignore[arg-type]
+
+
+def test_calls_in_place_get_their_other_form() -> None:
+    class InPlace(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x * 2
+            z = y.relu_()
+            y.add_(1)
+            return z + y
+
+    graph = plain_copy(exported(InPlace()))
+    use_no_mutation(graph.graph)
+    graph.recompile()
+    batch = models.images(2)
+    assert not any("_." in str(node.target) for node in graph.graph.nodes)
+    assert torch.equal(graph(batch), InPlace()(batch))
+
+
+def test_views_are_not_changed_behind_the_graphs_back() -> None:
+    class Behind(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x * 2
+            y.view(-1).add_(1)
+            return y
+
+    with pytest.raises(ModelError, match=r"'add_'.*changes a view in place whose source is used again"):
+        use_no_mutation(plain_copy(exported(Behind())).graph)
+
+
+def test_modes_are_those_of_evaluation() -> None:
+    class Attention(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            x = nn.functional.dropout2d(x, 0.5, self.training)
+            rate = 0.5 if self.training else 0.0
+            return nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=rate)
+
+    model, batch = nn.Sequential(nn.BatchNorm2d(3), Attention(), nn.AlphaDropout()), models.images(8)
+    model(batch)
+    graph = plain_copy(exported(model.train()))
+    use_eval_mode(graph)
+    graph.recompile()
+    torch.testing.assert_close(graph(batch), model.eval()(batch))
+
+
+# -- refusals ----------------------------------------------------------------------------------
+
+
+def refused(model: Any, words: str, **arguments: Any) -> None:
+    """The call is refused with the words, and the model stays as it was."""
+    before, code = models.state(model), model.code
+    with pytest.raises(ModelError, match=words):
+        adadfq_plugin.calibrate(model, **{**TOLD, **arguments})
+    assert models.same(before, models.state(model))
+    assert model.code == code
+
+
+class FixedBatch(nn.Module):
+    """Takes batches of exactly two images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x)).mean((2, 3))
+        return cast(Tensor, self.head(y.view(2, 4)))
+
+
+def test_a_fixed_batch_is_refused_where_it_matters() -> None:
+    quantizer = SchemeQuantizer(Scheme())
+    refused(
+        prepare_qat_pt2e(exported(FixedBatch().eval(), dynamic=False), quantizer),
+        r"batches of exactly 2 images.*at least 2 images and dynamic_shapes=\(\{0: torch.export.Dim.AUTO\},\)",
+    )
+    # where no operator holds the number, any batch will do
+    prepared = prepare_qat_pt2e(exported(plain(), dynamic=False), SchemeQuantizer(Scheme()))
+    adadfq_plugin.calibrate(prepared, **TOLD)
+    faithful(prepared, models.images(5))
+
+
+def test_refusals_name_the_culprit() -> None:
+    class Nothing(Users):
+        def annotate(self, model: torch.fx.GraphModule) -> torch.fx.GraphModule:
+            return model
+
+    refused(
+        prepare_qat_pt2e(exported(plain()), Nothing(None, None)), "quantizes nothing: its Quantizer annot"
+    )
+    refused(exported(plain()), "exported, but not prepared: call prepare_qat_pt2e")
+    fresh = trained(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    refused(prepare_qat_pt2e(exported(fresh), SchemeQuantizer(Scheme())), "no BatchNorm.*teacher=")
+
+    class Noisy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x * torch.rand_like(x)).mean((2, 3))
+
+    noisy = nn.Sequential(nn.Conv2d(3, 4, 3), Noisy())
+    refused(prepare_qat_pt2e(exported(noisy), SchemeQuantizer(Scheme())), "training mode.*rand_like.*random")
+
+    class Two(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return x + y
+
+    pair = torch.export.export(Two(), (torch.zeros(2, 4), torch.zeros(2, 4))).module()
+    refused(prepare_qat_pt2e(pair, SchemeQuantizer(Scheme())), "has 2 inputs; one batch of images")
+
+
+class Changing(nn.Module):
+    """Computes something else than what its trace holds."""
+
+    calls = itertools.count(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1) * next(self.calls)
+
+
+class Deciding(nn.Module):
+    """Looks at the values of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1) if float(x.sum()) > 0 else -x.flatten(1)
+
+
+def test_what_cannot_be_prepared_is_refused() -> None:
+    backend = PT2EBackend()
+    with pytest.raises(ModelError, match=r"torch.export can't follow Deciding: "):
+        backend.prepare(Deciding(), models.SIZE, Scheme())
+    with pytest.raises(ModelError, match=r"the export of Changing is not what the model computes"):
+        backend.prepare(Changing(), models.SIZE, Scheme())
+    with pytest.raises(ModelError, match=r"Linear is not what convert_pt2e returned"):
+        backend.save(nn.Linear(2, 2), torch.zeros(1, 2), Path("never"))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_mix_of_the_two_toolkits_is_refused() -> None:
+    from torch.ao.quantization.fake_quantize import FakeQuantize as TorchFakeQuantize
+
+    mixed = prepare_qat_pt2e(exported(plain()), SchemeQuantizer(Scheme()))
+    mixed.activation_post_process_0 = TorchFakeQuantize()
+    refused(mixed, "mixes two toolkits: 'activation_post_process_0.*of torch.ao")
+    other = models.prepared()
+    name = next(name for name, _ in other.named_children() if "activation_post_process" in name)
+    setattr(other, name, FakeQuantize())
+    refused(other, f"mixes two toolkits: '{name}.*of torchao")
+
+
+# -- auto --------------------------------------------------------------------------------------
+
+
+def test_auto_takes_fx_first_and_says_so() -> None:
+    result = adadfq_plugin.quantize(plain(), input_size=16, **TOLD)
+    assert result.backend == "fx"
+    assert result.notes[0] == "backend 'auto' took 'fx': it comes first, and takes the model"
+
+
+def test_auto_takes_pt2e_where_fx_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_arguments: Any) -> nn.Module:
+        raise ModelError("module 'blocks.0' can't be traced")
+
+    monkeypatch.setattr(type(api.backends().get("fx")), "prepare", refuse)
+    result = adadfq_plugin.quantize(plain(), input_size=16, **TOLD)
+    assert result.backend == "pt2e"
+    assert result.notes[0] == "backend 'auto' took 'pt2e': fx can't: module 'blocks.0' can't be traced"
+    prepared = adadfq_plugin.prepare(plain(), 16, backend="auto")
+    assert any("took 'pt2e'" in note for note in adadfq_plugin.calibrate(prepared, **TOLD).notes)
+    with pytest.raises(ModelError, match=r"no backend takes Sequential: fx: module.*pt2e: engine 'fbgemm'"):
+        adadfq_plugin.prepare(plain(), 16, scheme={"engine": "fbgemm"}, backend="auto")
+
+
+def test_without_torchao_the_rest_works(tmp_path: Path) -> None:
+    script = (
+        "import sys, warnings\nwarnings.simplefilter('ignore')\nsys.modules['torchao'] = None\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import torch, models, adadfq_plugin\nfrom adadfq_plugin import api, errors\n"
+        "torch.manual_seed(0)\n"
+        "def reason(call):\n"
+        "    try:\n        call()\n    except errors.AdaDFQError as error:\n        print(error)\n"
+        "reason(lambda: api.backends().get('pt2e'))\n"
+        "reason(lambda: adadfq_plugin.calibrate(models.trained()))\n"
+        "print(api._backend_of(models.prepared(), None).name)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    first, second, third = done.stdout.splitlines()
+    assert "pip install 'adadfq_plugin[pt2e]'" in first
+    assert "Residual is not prepared" in second
+    assert third == "fx"
+
+
+def test_importing_the_package_costs_nothing() -> None:
+    script = (
+        "import sys, time, torch\nbefore, start = set(sys.modules), time.perf_counter()\n"
+        "import adadfq_plugin\nprint(time.perf_counter() - start)\n"
+        "adadfq_plugin.calibrate\nprint(time.perf_counter() - start)\n"
+        "print(*[name for name in set(sys.modules) - before if name.startswith(('torchao', 'torch.ao', 'timm'))])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    bare, whole, toolkits = (done.stdout + "\n").splitlines()[:3]
+    assert float(bare) < 0.3
+    assert float(whole) < 3  # with pydantic and the settings; a busy machine is no reason to fail
+    assert not toolkits
+
+
+COMPILE = """
+import sys, warnings
+warnings.simplefilter("ignore")
+sys.path.insert(0, sys.argv[1])
+import torch
+from torch._dynamo.utils import counters
+torch.set_num_threads(1)
+from pathlib import Path
+from adadfq_plugin.backends.pt2e import PT2EBackend, compiled
+network, batch = PT2EBackend().load(Path(sys.argv[2])), torch.load(sys.argv[3])
+run = compiled(network)
+with torch.no_grad():
+    expected, found = network(batch), run(batch)
+print(float((expected - found).abs().mean() / expected.std()))
+print(*(counters["inductor"][f"{kind}_weight_prepack_matcher_count"] for kind in ("qconv", "qlinear")))
+"""
+
+
+def test_compiled_models_call_integer_kernels(tmp_path: Path) -> None:
+    if platform.machine() not in ("x86_64", "AMD64") or shutil.which("g++") is None:
+        pytest.skip("torchao's Inductor passes are for x86, and Inductor needs a compiler")
+    result = adadfq_plugin.quantize(plain(), backend="pt2e", input_size=16, **TOLD)
+    assert result.quantized is not None
+    files = [str(tmp_path / name) for name in ("model.pt2", "batch.pt")]
+    PT2EBackend().save(result.quantized, torch.zeros(2, *models.SIZE), Path(files[0]))
+    with zipfile.ZipFile(files[0]) as archive:
+        held = b"".join(map(archive.read, archive.namelist()))
+    assert b"site-packages" not in held  # nothing of the machine that wrote it
+    assert not [
+        name
+        for name in archive.namelist()
+        if "sample_inputs" in name and archive.getinfo(name).file_size > 4096
+    ]
+    torch.save(models.images(32), files[1])
+    # in a process of its own: Inductor leaves threads and variables behind
+    command = [sys.executable, "-c", COMPILE, str(Path(__file__).parent), *files]
+    error, layers = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert layers == "2 1"
+    assert float(error) <= 0.02
+
+
+def test_the_graph_of_a_copy_is_the_graph() -> None:
+    prepared: Any = PT2EBackend().prepare(models.inverted(), models.SIZE, Scheme())
+    assert plain_copy(copy.deepcopy(prepared)).code == plain_copy(prepared).code
