@@ -245,23 +245,6 @@ def test_a_refined_image_shows_two_classes() -> None:
     assert (shares > 0).sum(1).max() == 2
 
 
-def test_refining_with_q_looks_for_disagreement() -> None:
-    teacher = make_teacher(models.trained(), Facts(models.SIZE, models.CLASSES))
-    settings = AdaDFQSettings(latent_dim=8, generator_width=16, gamma=0.0, alpha_ds=1.0, alpha_as=0.0)
-    player = GeneratorPlayer(teacher, settings, 32, torch.Generator().manual_seed(0), torch.device("cpu"))
-    images, labels = player.sample()
-    weight = torch.randn(models.CLASSES, models.CLASSES) * 0.5
-
-    def quantized(batch: torch.Tensor) -> torch.Tensor:
-        logits = teacher(batch)
-        return logits + logits @ weight
-
-    with player.watching() as prior:
-        _, first = player.refine(prior, images, labels, Pace(1), quantized)
-        _, last = player.refine(prior, images, labels, Pace(60), quantized)
-    assert last["balance"] < 0.9 * first["balance"]
-
-
 def test_updates_that_are_not_finite_are_left_out() -> None:
     opened = FXPrepared(models.prepared())
     batch = models.images(8)

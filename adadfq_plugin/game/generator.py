@@ -96,11 +96,10 @@ class GeneratorPlayer:
         self,
         prior: Callable[[], Tensor],
         pace: Pace,
-        quantized: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Mapping[str, float]]:
         """A new batch, refined: images, labels and figures; see :meth:`refine`."""
         images, labels = self.sample()
-        refined, figures = self.refine(prior, images, labels, pace, quantized)
+        refined, figures = self.refine(prior, images, labels, pace)
         return refined, labels, figures
 
     def refine(
@@ -109,7 +108,6 @@ class GeneratorPlayer:
         images: Tensor,
         labels: Tensor,
         pace: Pace,
-        quantized: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Mapping[str, float]]:
         """The images themselves go down the loss that G was trained with: what G lacks after a short training.
 
@@ -118,7 +116,6 @@ class GeneratorPlayer:
             images: (N, C, H, W) as G made them.
             labels: the labels that G was given (N,); each image is to show a share of a second class as well.
             pace: steps of Adam on the pixels, each on another view of every image.
-            quantized: Q, which brings the boundaries in; None: the loss of the warm-up.
 
         Returns:
             the images, valid pixels still, and the figures of the last step.
@@ -132,11 +129,7 @@ class GeneratorPlayer:
         for _ in pace:
             optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * pace.fraction))
             view = augment(pixels, self._rng)
-            z_p = self.teacher(view)
-            if quantized is None:
-                loss, figures = self._recognised(prior, z_p, target, LABEL)
-            else:
-                loss, figures = self._adversarial(prior, z_p, quantized(view), target)
+            loss, figures = self._recognised(prior, self.teacher(view), target, LABEL)
             (pixels.grad,) = torch.autograd.grad(loss, pixels)
             optimizer.step()
             with torch.no_grad():
@@ -173,13 +166,6 @@ class GeneratorPlayer:
         Returns:
             gradients in the order of ``parameters``, and the figures of the step.
         """
-        loss, figures = self._adversarial(prior, z_p, z_q, labels)
-        gradients = torch.autograd.grad(loss, self.parameters, retain_graph=keep_graph)
-        return list(gradients), figures
-
-    def _adversarial(
-        self, prior: Callable[[], Tensor], z_p: Tensor, z_q: Tensor, labels: Tensor
-    ) -> tuple[Tensor, dict[str, float]]:
         settings = self.settings
         assert isinstance(settings, AdaDFQSettings)
         information = normalized_information(disagreement_information(z_p, z_q), z_p.shape[1])
@@ -193,7 +179,8 @@ class GeneratorPlayer:
             "prior": statistics.item(),
             "information": information.mean().item(),
         }
-        return loss, figures
+        gradients = torch.autograd.grad(loss, self.parameters, retain_graph=keep_graph)
+        return list(gradients), figures
 
     def update(self, gradients: list[Tensor]) -> None:
         """One update in the game: from gradients in the order of ``parameters``, at the rate it has cooled to."""

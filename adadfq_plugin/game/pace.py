@@ -11,7 +11,7 @@ from adadfq_plugin.teacher import Teacher
 
 __all__ = ["Pace", "Plan", "make_plan"]
 
-STEPS = {2: 1500, 3: 1500, 4: 1000, 5: 600, 6: 300, 7: 150, 8: 80}
+STEPS = {2: 1500, 3: 1500, 4: 800, 5: 500, 6: 250, 7: 120, 8: 80}
 """Training steps of Q by the narrowest width, for networks that are cheap to run."""
 WARMUP = {2: 300, 3: 300, 4: 300, 5: 240, 6: 200, 7: 160, 8: 120}
 """Steps of the generator before Q joins, likewise."""
@@ -19,8 +19,6 @@ CHEAP = 4e9
 """Multiply-adds of a batch's forward pass up to which a step counts as cheap."""
 REFINE = {2: 60, 3: 60, 4: 60, 5: 50, 6: 40, 7: 30, 8: 30}
 """Steps of each kept batch of images themselves."""
-WITH_Q = 1 / 3
-"""Share of a batch's steps that have Q in the loop, during the game: the last ones."""
 LEAST_STEPS, LEAST_WARMUP = 60, 40
 SHARE = {"warmup": 0.15, "samples": 0.35, "game": 0.45}
 """Shares of the user's minutes; the rest is left to ranges and to the report."""
@@ -49,11 +47,6 @@ class Plan:
     steps: int
     refine: int = 0
     minutes: float | None = None
-
-    def rounds(self) -> tuple[Pace, Pace]:
-        """Steps of the images that join during the game: without Q, then with Q."""
-        with_q = round(self.refine * WITH_Q)
-        return Pace(self.refine - with_q), Pace(with_q)
 
     def pace(self, phase: str) -> Pace:
         """The length of ``warmup``, of ``game``, or of one batch of ``samples``."""

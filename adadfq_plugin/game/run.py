@@ -14,7 +14,7 @@ from adadfq_plugin.config import AdaDFQSettings, GeneratorSettings
 from adadfq_plugin.contracts import Outcome, Phase, Task
 from adadfq_plugin.dataset import SyntheticDataset
 from adadfq_plugin.game.generator import GeneratorPlayer
-from adadfq_plugin.game.pace import make_plan
+from adadfq_plugin.game.pace import Pace, make_plan
 from adadfq_plugin.game.pool import ReplayPool, augment, mixed
 from adadfq_plugin.game.quantized import QuantizedPlayer, in_pieces
 from adadfq_plugin.history import History
@@ -137,10 +137,7 @@ class Run:
         for_g, figures = player.play(prior, z_p, z_q, labels, keep_graph=not settings.replay)
         if settings.replay:
             player.update(for_g)
-            images = images.detach()
-            alone, with_q = self.plan.rounds()
-            images, _ = player.refine(prior, images, labels, alone)
-            images, refined = player.refine(prior, images, labels, with_q, quantized)
+            images, refined = player.refine(prior, images, labels, Pace(self.plan.refine))
             self.pool.add(images, labels)
             return {**figures, **refined, **self._lesson(learner, player)}
         if learner.feature_weight:
