@@ -1,4 +1,4 @@
-"""Adaptive data-free quantization (Qian et al., CVPR 2023) as a calibration method for torch.ao.
+"""Adaptive data-free quantization (Qian et al., CVPR 2023) as a calibration method for torch.ao and torchao.
 
 prepared = prepare_qat_fx(model.train(), qconfig_mapping, example_inputs)
 result = adadfq_plugin.calibrate(prepared)

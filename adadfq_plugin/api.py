@@ -19,7 +19,7 @@ from adadfq_plugin.errors import BrokenPluginError, ModelError, SettingsError, U
 from adadfq_plugin.history import History
 from adadfq_plugin.hooks import fork_rng, module_modes
 from adadfq_plugin.registry import Registry
-from adadfq_plugin.teacher import Facts, Teacher, find_facts, make_teacher
+from adadfq_plugin.teacher import Facts, Teacher, find_facts, make_teacher, refuse_nan
 
 __all__ = [
     "AUTO",
@@ -286,9 +286,11 @@ def calibrate(
     made = method_settings(chosen, settings, preset)
     if minutes is not None and not minutes > 0:
         raise SettingsError(f"minutes = {minutes!r} must be positive")
+    where = _device(device) if device is not None else _place(prepared)
     toolkit = _backend_of(prepared, backend)
     with fork_rng(seed):
         opened = toolkit.open(prepared)
+    refuse_nan(opened.module)
     source = teacher if teacher is not None else opened.float_model()
     with module_modes(source, False):
         facts = find_facts(
@@ -304,7 +306,6 @@ def calibrate(
     told = [f"not told, so taken: {'; '.join(found)}"] if found else []
     for line in told:
         warnings.warn(f"adadfq_plugin: {line}; pass them by keyword", UserWarning, stacklevel=2)
-    where = torch.device(device) if device is not None else _place(prepared)
     frozen = make_teacher(source, facts, name=type(source).__name__, device=where)
     if frozen.channels_last:
         opened.module.to(memory_format=torch.channels_last)
@@ -332,6 +333,16 @@ def calibrate(
     )
 
 
+def _device(device: torch.device | str) -> torch.device:
+    """A device that works here."""
+    try:
+        where = torch.device(device)
+        torch.zeros(1, device=where)
+    except (RuntimeError, AssertionError) as error:
+        raise SettingsError(f"device {str(device)!r} can't be used: {str(error).splitlines()[0]}") from error
+    return where
+
+
 def _place(model: nn.Module) -> torch.device:
     return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
@@ -339,11 +350,14 @@ def _place(model: nn.Module) -> torch.device:
 def _figures(teacher: Teacher, prepared: Prepared, outcome: Outcome, device: torch.device) -> dict[str, Any]:
     """How far Q is from P on the samples that were kept."""
     z_p, z_q = [], []
+    network, place = prepared.module, device
+    if not prepared.trainable:  # the toolkit's own observers quantize nothing, and would go on observing
+        network, place = prepared.convert(), torch.device("cpu")
     with torch.no_grad(), prepared.phase(Phase.EVALUATE):
         for start in range(0, len(outcome.samples), 16):
-            images = outcome.samples.images(start, start + 16).to(device)
-            z_p.append(teacher(images).cpu())
-            z_q.append(prepared.module(images).cpu())
+            images = outcome.samples.images(start, start + 16)
+            z_p.append(teacher(images.to(device)).cpu())
+            z_q.append(network(images.to(place)).cpu())
     p, q = torch.cat(z_p), torch.cat(z_q)
     information = functional.disagreement_information(p, q)
     return {

@@ -89,6 +89,10 @@ class Settings(_Frozen):
     range_samples: Positive = Field(256, description="images that the observers see")
     learn_step_sizes: bool = Field(True, description="train the step sizes of weights and activations (LSQ)")
 
+    def model_post_init(self, _context: Any) -> None:
+        if self.optimizer == "sgd" and self.learning_rate is None:
+            raise ValueError("optimizer 'sgd' needs a learning_rate, in the weights' own units")
+
 
 class GeneratorSettings(Settings):
     """Settings of the methods that train a generator against the teacher."""
@@ -100,10 +104,11 @@ class GeneratorSettings(Settings):
         None, description="images in a step of the generator; unset: as batch_size"
     )
     warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="steps of the generator before Q joins; unset: from the network's cost"
+        None, description="steps of the generator before Q joins; unset: from the bits and the network's cost"
     )
     refine_steps: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="steps of each kept batch of images themselves down G's loss; unset: from the bits"
+        None,
+        description="steps on the pixels of each kept batch, by the priors' loss and the labels'; unset: from the bits",
     )
     refine_rate: Rate = Field(
         0.025, description="learning rate of the pixels (Adam), as a share of the range of valid pixels"
@@ -129,7 +134,8 @@ class AdaDFQSettings(GeneratorSettings):
     generator_interval: Positive = Field(25, description="steps of Q for each step of the generator")
     replay: bool = Field(True, description="Q learns from a pool of kept samples, not from the newest alone")
 
-    def model_post_init(self, _context: Any) -> None:
+    def model_post_init(self, context: Any) -> None:
+        super().model_post_init(context)
         if self.lambda_l >= self.lambda_u:
             raise ValueError(f"lambda_l ({self.lambda_l}) must lie below lambda_u ({self.lambda_u})")
 
@@ -186,12 +192,18 @@ def to_toml(sections: Mapping[str, BaseModel | Mapping[str, Any]]) -> str:
         weight_bits = 4
     """
     tables = {
-        name: section.model_dump(mode="json", exclude_none=True)
-        if isinstance(section, BaseModel)
-        else dict(section)
+        name: _without_none(section.model_dump(mode="json") if isinstance(section, BaseModel) else section)
         for name, section in sections.items()
     }
     return tomli_w.dumps(tables)
+
+
+def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: _without_none(value) if isinstance(value, Mapping) else value
+        for name, value in values.items()
+        if value is not None
+    }
 
 
 def from_toml(path: str | Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One page of types: what methods, backends, priors and the API promise each other.
+"""One page of types: what methods, backends and the API promise each other.
 
 The three parties of the game: the teacher ``P`` (full precision), the prepared network ``Q`` (fake
 quantized) and the generator ``G``. A :class:`Backend` opens the user's prepared model as a private
@@ -22,7 +22,7 @@ from adadfq_plugin.dataset import SyntheticDataset
 from adadfq_plugin.history import History
 from adadfq_plugin.teacher import Teacher
 
-__all__ = ["Backend", "Method", "Outcome", "Phase", "Prepared", "Prior", "Progress", "Task", "Watched"]
+__all__ = ["Backend", "Method", "Outcome", "Phase", "Prepared", "Progress", "Task"]
 
 Progress = Callable[[str, int, int, Mapping[str, float]], None]
 """Called as ``progress(phase, step, total, figures)`` after every step; ``step`` counts from 1."""
@@ -39,25 +39,6 @@ class Phase(enum.Enum):
     """Fake quantization with gradients for weights and step sizes; normalisation is frozen."""
     EVALUATE = "evaluate"
     """Fake quantization exactly as the converted network computes it; ranges are fixed."""
-
-
-class Watched(Protocol):
-    """The loss of a prior over the most recent forward pass of the watched network."""
-
-    def __call__(self) -> Tensor: ...
-
-
-@runtime_checkable
-class Prior(Protocol):
-    """What the teacher's own weights say about its training images."""
-
-    name: str
-
-    def reason(self, model: nn.Module) -> str | None:
-        """Why this prior can't be used for ``model``; None if it can."""
-
-    def watch(self, model: nn.Module) -> AbstractContextManager[Watched]:
-        """Hooks on ``model`` for the length of the ``with``; the value is the loss."""
 
 
 @runtime_checkable

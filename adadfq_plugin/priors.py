@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from adadfq_plugin.errors import ModelError
+from adadfq_plugin.errors import ModelError, SettingsError
 from adadfq_plugin.functional import bn_statistics_loss, channel_moments, total_variation
 from adadfq_plugin.hooks import capture_inputs
 
@@ -107,6 +107,7 @@ class PriorSum:
 
     Raises:
         ModelError: a statistics prior was asked for and can't be used.
+        SettingsError: none was asked for.
     """
 
     name = "sum"
@@ -115,6 +116,11 @@ class PriorSum:
         self, parts: Sequence[tuple[float, BNStatistics | TotalVariation]], model: nn.Module
     ) -> None:
         self.parts = [(weight, prior) for weight, prior in parts if weight > 0]
+        if not any(isinstance(prior, BNStatistics) for _, prior in self.parts):
+            raise SettingsError(
+                "gamma = 0 leaves no prior that knows the training images; give gamma a positive weight, or use "
+                "method 'noise'"
+            )
         for _, prior in self.parts:
             why = prior.reason(model)
             if why is not None:

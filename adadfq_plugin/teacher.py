@@ -13,7 +13,16 @@ from torch import Tensor, nn
 
 from adadfq_plugin.errors import ModelError
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Facts", "Teacher", "find_facts", "make_teacher", "multiply_adds"]
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "Facts",
+    "Teacher",
+    "find_facts",
+    "make_teacher",
+    "multiply_adds",
+    "refuse_nan",
+]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -107,15 +116,23 @@ def make_teacher(
     Raises:
         ModelError: a weight or statistic that is NaN or infinite.
     """
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    for tensor_name, tensor in tensors:
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ModelError(f"{tensor_name!r} holds NaN or infinite values; load trained weights first")
+    refuse_nan(model, buffers=True)
     frozen = copy.deepcopy(model).eval().requires_grad_(False).to(device)
     channels_last = facts.large and not any(map(_rules_out_channels_last, frozen.modules()))
     if channels_last:
         frozen.to(memory_format=torch.channels_last)
     return Teacher(frozen, facts, name, multiply_adds(frozen, facts.input_size), channels_last)
+
+
+def refuse_nan(model: nn.Module, *, buffers: bool = False) -> None:
+    """Refuses weights, and statistics where asked for, that are not finite.
+
+    Raises:
+        ModelError: the first that isn't, by name.
+    """
+    for name, tensor in (*model.named_parameters(), *(model.named_buffers() if buffers else ())):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ModelError(f"{name!r} holds NaN or infinite values; load trained weights first")
 
 
 def _rules_out_channels_last(module: nn.Module) -> bool:

@@ -117,9 +117,25 @@ def test_prepare_fx_models_are_observed_not_trained() -> None:
     prepared = prepare_fx(models.trained(), get_default_qconfig_mapping("x86"), example)
     result = adadfq_plugin.calibrate(prepared, teacher=models.trained(), settings=QUICK_G, **TOLD)
     assert any("not trained" in note for note in result.notes)
+    assert result.sqnr_db < 60  # the figures are of a quantized network
     batch = models.images(32)
     expected = models.trained()(batch)
     assert (convert_fx(prepared)(batch) - expected).abs().mean() < expected.std()
+
+
+def test_figures_do_not_feed_the_observers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def calibrated() -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        example = (torch.zeros(2, *models.SIZE),)
+        prepared = prepare_fx(models.trained(), get_default_qconfig_mapping("x86"), example)
+        adadfq_plugin.calibrate(prepared, teacher=models.trained(), settings=QUICK_G, **TOLD)
+        return {name: value for name, value in prepared.state_dict().items() if "val" in name}
+
+    measured = calibrated()
+    nothing = {"information": torch.zeros(0), "agreement": 0.0, "sqnr_db": 0.0}
+    monkeypatch.setattr(api, "_figures", lambda *_: nothing)
+    assert all(torch.equal(measured[name], value) for name, value in calibrated().items())
+    assert len(measured) > 3
 
 
 def test_steps_zero_sets_ranges_only() -> None:
@@ -141,7 +157,7 @@ def test_progress_sees_every_step() -> None:
 
 
 def test_minutes_bound_the_run() -> None:
-    settings = {**QUICK_G, "warmup_steps": 10_000, "steps": 10_000}
+    settings = {name: value for name, value in QUICK_G.items() if name not in ("warmup_steps", "steps")}
     result = adadfq_plugin.calibrate(models.prepared(), settings=settings, minutes=0.03, **TOLD)
     assert 0.5 < sum(result.seconds.values()) < 6
     assert len(result.history.column("game", "loss")[0]) >= 3
@@ -219,6 +235,10 @@ def bad(
         ({"settings": Settings()}, SettingsError, "AdaDFQSettings, not Settings"),
         ({"settings": AdaDFQSettings(), "preset": "paper_cifar"}, SettingsError, "mapping of changes"),
         ({"minutes": 0}, SettingsError, "minutes = 0"),
+        ({"settings": {"gamma": 0.0}}, SettingsError, "gamma = 0 leaves no prior"),
+        ({"settings": {"optimizer": "sgd"}}, SettingsError, "'sgd' needs a learning_rate"),
+        ({"device": "cuda:99"}, SettingsError, "device 'cuda:99' can't be used"),
+        ({"device": "gpu"}, SettingsError, "device 'gpu' can't be used"),
         ({"backend": "fxx"}, UnknownNameError, "'fxx'.*fx"),
         ({"input_size": (3, 2)}, ModelError, "BatchNorm|does not take|size"),
         ({"input_size": (1, 16, 16)}, ModelError, r"does not take images of size \(1, 16, 16\)"),
@@ -261,6 +281,26 @@ def test_one_class_and_nan_weights() -> None:
     with pytest.raises(ModelError, match=r"'conv2\.weight' holds NaN"):
         adadfq_plugin.calibrate(prepared, teacher=broken, settings=QUICK_G, **TOLD)
     assert models.same(before, models.state(prepared))
+
+
+def test_nan_in_the_prepared_model_itself() -> None:
+    prepared = models.prepared(8)
+    with torch.no_grad():
+        next(iter(prepared.parameters()))[0] = torch.nan
+    with pytest.raises(ModelError, match="holds NaN"):
+        adadfq_plugin.calibrate(prepared, teacher=models.trained(), settings=QUICK_G, **TOLD)
+
+
+def test_a_second_calibration_is_refused_and_conversion_still_works() -> None:
+    prepared = models.prepared(4)
+    adadfq_plugin.calibrate(prepared, settings=QUICK_G, **TOLD)
+    before = models.state(prepared)
+    for arguments in ({}, {"teacher": models.trained(), "method": "noise"}):
+        settings = QUICK if arguments else QUICK_G
+        with pytest.raises(ModelError, match="calibrated before"):
+            adadfq_plugin.calibrate(prepared, settings=settings, **TOLD, **arguments)
+    assert models.same(before, models.state(prepared))
+    convert_fx(prepared.eval())
 
 
 @pytest.mark.parametrize("phase", ["warmup", "samples", "ranges", "game"])

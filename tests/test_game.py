@@ -174,6 +174,15 @@ def test_pace_counts_or_follows_the_clock(monkeypatch: pytest.MonkeyPatch) -> No
         10,
     )
     assert limited.pace("samples").seconds == pytest.approx(600 * 0.35 / 4)
+    told = make_plan(
+        GeneratorSettings(samples=128, batch_size=32, warmup_steps=7, refine_steps=0),
+        Teacher(nn.Identity(), Facts((3, 8, 8), 3)),
+        4,
+        10,
+    )
+    assert (told.pace("warmup").total, told.pace("warmup").seconds) == (7, None)  # what was told is kept
+    assert told.pace("samples").total == 0
+    assert told.pace("game").seconds == pytest.approx(600 * 0.95)  # and the time goes to what runs
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     pace = Pace(10**6, seconds=10)

@@ -1,4 +1,7 @@
-"""The zero-sum game: G looks for samples on which Q and P neither agree nor disagree too much; Q learns them."""
+"""The zero-sum game: G looks for samples on which Q and P neither agree nor disagree too much.
+
+Refined on their pixels, without Q, they join the pool that Q learns from.
+"""
 
 from adadfq_plugin.game.generator import GeneratorPlayer
 from adadfq_plugin.game.pace import Pace, Plan, make_plan

@@ -109,7 +109,7 @@ class GeneratorPlayer:
         labels: Tensor,
         pace: Pace,
     ) -> tuple[Tensor, Mapping[str, float]]:
-        """The images themselves go down the loss that G was trained with: what G lacks after a short training.
+        """The images themselves go down the prior's loss and a little of the labels': a short training of G lacks it.
 
         Args:
             prior: the prior's loss over P's forward pass.

@@ -21,7 +21,9 @@ REFINE = {2: 60, 3: 60, 4: 60, 5: 50, 6: 40, 7: 30, 8: 30}
 """Steps of each kept batch of images themselves."""
 LEAST_STEPS, LEAST_WARMUP = 60, 40
 SHARE = {"warmup": 0.15, "samples": 0.35, "game": 0.45}
-"""Shares of the user's minutes; the rest is left to ranges and to the report."""
+"""What the phases take of the user's minutes, in proportion: those that don't run leave theirs to the others."""
+REST = 0.05
+"""Share of the user's minutes for the ranges and the report."""
 MEASURED = 3
 """Steps timed before a phase with a time limit knows its length."""
 
@@ -38,6 +40,7 @@ class Plan:
         steps: steps of Q.
         refine: steps of each kept batch of images.
         minutes: the user's time limit, None for a run of fixed (repeatable) length.
+        told: phases whose number of steps the user has set; the time limit leaves it alone.
     """
 
     batch_size: int
@@ -47,14 +50,16 @@ class Plan:
     steps: int
     refine: int = 0
     minutes: float | None = None
+    told: frozenset[str] = frozenset()
 
     def pace(self, phase: str) -> Pace:
         """The length of ``warmup``, of ``game``, or of one batch of ``samples``."""
-        steps = {"warmup": self.warmup, "samples": self.refine, "game": self.steps}[phase]
-        if self.minutes is None or steps == 0:
-            return Pace(steps)
+        lengths = {"warmup": self.warmup, "samples": self.refine, "game": self.steps}
+        if self.minutes is None or phase in self.told or lengths[phase] == 0:
+            return Pace(lengths[phase])
+        running = sum(SHARE[each] for each, steps in lengths.items() if steps and each not in self.told)
         batches = -(-self.samples // self.generator_batch_size) if phase == "samples" else 1
-        return Pace(steps, self.minutes * 60 * SHARE[phase] / batches)
+        return Pace(lengths[phase], self.minutes * 60 * (1 - REST) * SHARE[phase] / running / batches)
 
 
 def make_plan(settings: Settings, teacher: Teacher, bits: int, minutes: float | None = None) -> Plan:
@@ -66,6 +71,7 @@ def make_plan(settings: Settings, teacher: Teacher, bits: int, minutes: float | 
         bits: narrowest width, 2 to 8.
         minutes: time limit, or None.
     """
+    bits = min(max(bits, 2), 8)
     small = not teacher.facts.large
     batch = settings.batch_size or (64 if small else 16)
     generator_batch, warmup, refine = batch, 0, 0
@@ -78,7 +84,9 @@ def make_plan(settings: Settings, teacher: Teacher, bits: int, minutes: float | 
         refine = settings.refine_steps if settings.refine_steps is not None else REFINE[bits]
     steps = settings.steps if settings.steps is not None else max(LEAST_STEPS, round(STEPS[bits] / slow))
     samples = settings.samples or (1024 if small else 64)
-    return Plan(batch, generator_batch, samples, warmup, steps, refine, minutes)
+    names = {"warmup": "warmup_steps", "samples": "refine_steps", "game": "steps"}
+    told = frozenset(phase for phase, name in names.items() if getattr(settings, name, None) is not None)
+    return Plan(batch, generator_batch, samples, warmup, steps, refine, minutes, told)
 
 
 class Pace:

@@ -1,4 +1,4 @@
-"""The samples that Q learns from: kept, renewed, and shown with small changes."""
+"""The samples that Q learns from: kept, renewed, and shown in changing views."""
 
 from __future__ import annotations
 
@@ -78,6 +78,6 @@ class ReplayPool:
         return self.images[-count:], self.labels[-count:]
 
     def draw(self, count: int) -> tuple[Tensor, Tensor]:
-        """A random batch of images and labels, without repetition while there are enough."""
+        """A random batch of images and labels, without repetition; all there are where they are fewer."""
         order = torch.randperm(len(self), generator=self._rng)[:count]
         return self.images[order], self.labels[order]

@@ -27,10 +27,11 @@ class Run:
 
     Args:
         task: what the method was given.
+        views: whether ranges and Q see views of the samples, or the samples as they are.
     """
 
-    def __init__(self, task: Task) -> None:
-        self.task = task
+    def __init__(self, task: Task, *, views: bool = True) -> None:
+        self.task, self.views = task, views
         self.plan = make_plan(task.settings, task.teacher, task.prepared.lowest_bits, task.minutes)
         self.rng = torch.Generator().manual_seed(task.seed)
         self.pool = ReplayPool(2 * self.plan.samples, self.rng)
@@ -86,10 +87,7 @@ class Run:
             with torch.no_grad(), prepared.phase(Phase.OBSERVE):
                 images, _ = self.pool.draw(count)
                 for start in range(0, count, self.plan.batch_size):
-                    views = augment(
-                        images[start : start + self.plan.batch_size].to(self.task.device), self.rng
-                    )
-                    prepared.module(views)
+                    prepared.module(self._shown(images[start : start + self.plan.batch_size]))
                     self._report("ranges", min(count, start + self.plan.batch_size), count, {})
             prepared.set_ranges(settings.ranges)
 
@@ -116,6 +114,11 @@ class Run:
                 f"{learner.skipped} of {pace.step} updates of Q were left out: their gradients were not finite"
             )
 
+    def _shown(self, images: Tensor) -> Tensor:
+        """Samples on the device, as the network sees them."""
+        images = images.to(self.task.device)
+        return augment(images, self.rng) if self.views else images
+
     def _is_round(self, step: int) -> bool:
         settings = self.task.settings
         return isinstance(settings, AdaDFQSettings) and (step - 1) % settings.generator_interval == 0
@@ -139,7 +142,8 @@ class Run:
             player.update(for_g)
             images, refined = player.refine(prior, images, labels, Pace(self.plan.refine))
             self.pool.add(images, labels)
-            return {**figures, **refined, **self._lesson(learner, player)}
+            after = {f"refined_{name}": value for name, value in refined.items()}
+            return {**figures, **after, **self._lesson(learner, player)}
         if learner.feature_weight:
             learner.answers(images.detach())
         loss = learner.loss(z_p, z_q)
@@ -150,13 +154,13 @@ class Run:
         return {**figures, "loss": loss.item()}
 
     def _lesson(self, learner: QuantizedPlayer, player: GeneratorPlayer | None) -> dict[str, float]:
-        """Q moves on kept samples, or on G's newest without replay, slightly changed."""
+        """Q moves on kept samples, or on G's newest without replay; some of the batches are mixed."""
         settings = self.task.settings
         if player is not None and isinstance(settings, AdaDFQSettings) and not settings.replay:
             images, _ = player.sample()
         else:
             images, _ = self.pool.draw(self.plan.batch_size)
-        images = mixed(augment(images.to(self.task.device), self.rng), settings.mixup, self.rng)
+        images = mixed(self._shown(images), settings.mixup, self.rng)
         z_p = learner.answers(images)
         loss = learner.loss(z_p, self.task.prepared.module(images))
         learner.step(loss)

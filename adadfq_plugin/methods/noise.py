@@ -25,7 +25,7 @@ class Noise:
 
     def calibrate(self, task: Task) -> Outcome:
         """Ranges, training of Q on noise."""
-        run = Run(task)
+        run = Run(task, views=False)  # a view of noise is another, smoother noise
 
         def draw() -> tuple[Tensor, Tensor, dict[str, float]]:
             images = torch.randn(run.plan.batch_size, *task.teacher.facts.input_size, generator=run.rng)

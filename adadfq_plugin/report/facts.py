@@ -21,7 +21,12 @@ from adadfq_plugin.teacher import Facts
 
 __all__ = ["Accuracy", "Latency", "Report", "environment", "measure_latency"]
 
-_PACKAGES = ("adadfq_plugin", "torch", "torchvision", "timm", "numpy")
+
+def _installed(name: str) -> bool:
+    return any(metadata.distributions(name=name))
+
+
+_PACKAGES = ("adadfq_plugin", "torch", "torchao", "torchvision", "timm", "numpy")
 
 
 @dataclass(frozen=True)
@@ -182,7 +187,7 @@ def environment() -> dict[str, Any]:
         ['cpu', 'cpu_capability', 'platform', 'python']
     """
     return {
-        "versions": {name: metadata.version(name) for name in _PACKAGES},
+        "versions": {name: metadata.version(name) for name in _PACKAGES if _installed(name)},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _cpu_name(),

@@ -20,7 +20,7 @@ from adadfq_plugin.backends.fx.qconfig import qconfig_mapping
 from adadfq_plugin.backends.fx.traceable import traceable
 from adadfq_plugin.backends.fx.unquantizable import leave_in_float
 from adadfq_plugin.config import Scheme
-from adadfq_plugin.errors import DataError, ModelError
+from adadfq_plugin.errors import DataError, ModelError, SettingsError
 
 __all__ = [
     "FXBackend",
@@ -62,12 +62,24 @@ class FXBackend:
         return prepared_attributes(model) is not None or _is_converted(model)
 
     def prepare(self, model: nn.Module, input_size: tuple[int, int, int], scheme: Scheme) -> nn.Module:
-        """``prepare_qat_fx`` on an exact, traceable copy of a float model."""
+        """``prepare_qat_fx`` on an exact, traceable copy of a float model.
+
+        Raises:
+            ModelError: the model can't be traced, or torch.ao can't prepare it, with the reason.
+            SettingsError: the engine is not built into this PyTorch.
+        """
         engine = best_engine() if scheme.engine == "auto" else scheme.engine
         example = (torch.zeros(2, *input_size),)
         with using_engine(engine):
-            traced, mapping, sites = leave_in_float(traceable(model, input_size), qconfig_mapping(scheme))
-            prepared: GraphModule = prepare_qat_fx(traced.train(), mapping, example)
+            traced = traceable(model, input_size)
+            try:
+                traced, mapping, sites = leave_in_float(traced, qconfig_mapping(scheme))
+                prepared: GraphModule = prepare_qat_fx(traced.train(), mapping, example)
+            except (ModelError, SettingsError):
+                raise
+            except Exception as error:  # whatever torch.ao raises
+                first = (str(error).splitlines() or [type(error).__name__])[0]
+                raise ModelError(f"torch.ao can't prepare {type(model).__name__}: {first}") from error
         for name in ("pretrained_cfg", "num_classes"):
             if hasattr(model, name):
                 setattr(prepared, name, copy.deepcopy(getattr(model, name)))

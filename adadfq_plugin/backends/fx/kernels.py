@@ -1,7 +1,7 @@
 """Which integer kernels run here, and what they can hold.
 
 Some x86 kernels multiply unsigned activations by signed weights in pairs and add the two products in 16 bits,
-with saturation, so that full 8-bit operands overflow. Measured on torch 2.15: without VNNI all of them do; with
+with saturation, so that full 8-bit operands overflow. Measured on torch 2.14: without VNNI all of them do; with
 VNNI fbgemm's kernels for grouped convolutions still do, and the x86 engine takes those beyond 100 groups.
 """
 

@@ -29,6 +29,8 @@ __all__ = ["ENGINE", "IN_FLOAT", "FXPrepared", "prepared_attributes"]
 ATTRIBUTES = "_observed_graph_module_attrs"
 ENGINE = "adadfq_engine"
 """Key of ``meta`` for the engine that a model was prepared for; without it, torch's current one."""
+CALIBRATED = "adadfq_calibrated"
+"""Key of ``meta`` for models that :meth:`FXPrepared.commit` has written."""
 IN_FLOAT = "adadfq_in_float"
 """Key of ``meta`` for sentences about what was left in float."""
 INTEGER = (torch.quint8, torch.qint8)
@@ -180,12 +182,21 @@ class FXPrepared:
                 "prepare it with a QConfig for Conv2d and Linear"
             )
 
+    def _refuse_again(self) -> None:
+        if self._original.meta.get(CALIBRATED):
+            raise ModelError(
+                "the prepared model has been calibrated before: its graph holds the limits of that calibration; "
+                "prepare the float model again"
+            )
+
     # -- phases ------------------------------------------------------------------------------------
 
     @contextmanager
     def phase(self, phase: Phase) -> Iterator[None]:
         """Switches observers and fake quantizers for the length of the ``with``."""
         observe = phase is Phase.OBSERVE
+        if observe:
+            self._refuse_again()
         quantize = phase in (Phase.TRAIN, Phase.EVALUATE) and self.trainable
         quantizers = [module for module in self.module.modules() if isinstance(module, FakeQuantizeBase)]
         before = [
@@ -263,6 +274,7 @@ class FXPrepared:
 
     def float_model(self) -> nn.Module:
         """The network before it was prepared."""
+        self._refuse_again()
         return float_copy(self._original)
 
     # -- the way out -------------------------------------------------------------------------------
@@ -362,6 +374,7 @@ class FXPrepared:
         original._modules = work._modules
         original.meta[ATTRIBUTES] = work.meta[ATTRIBUTES]
         original.graph = work.graph
+        original.meta[CALIBRATED] = True
 
     def convert(self) -> nn.Module:
         """The integer network that ``convert_fx`` makes of the calibrated state."""
