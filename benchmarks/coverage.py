@@ -247,6 +247,7 @@ def write_table(rows: dict[str, Row]) -> None:
         f"model against the fake-quantized one on {IMAGES} random images; converted: the relative error of its logits;",
         "quantized: that of the fake-quantized model's against the same model without quantization. Random weights",
         "amplify each rounding: where quantization changes the logits a lot, another order of roundings does so too.",
+        "A head that is initialised with zeros gives logits of zero and errors of nan: its agreement says nothing.",
         "",
         "Written by `python benchmarks/coverage.py` and `python benchmarks/coverage.py --backend pt2e`.",
         "",
