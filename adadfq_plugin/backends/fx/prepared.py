@@ -76,6 +76,7 @@ class FXPrepared:
 
     def __init__(self, original: GraphModule) -> None:
         self._original = original
+        self._calibrated = bool(original.meta.get(CALIBRATED))
         self.notes: list[str] = list(original.meta.get(IN_FLOAT, ()))
         self.engine: str = original.meta.get(ENGINE, torch.backends.quantized.engine)
         self.module: GraphModule = copy.deepcopy(original)
@@ -183,7 +184,7 @@ class FXPrepared:
             )
 
     def _refuse_again(self) -> None:
-        if self._original.meta.get(CALIBRATED):
+        if self._calibrated:
             raise ModelError(
                 "the prepared model has been calibrated before: its graph holds the limits of that calibration; "
                 "prepare the float model again"
