@@ -6,12 +6,14 @@ FakeQuantizeBase)``. The toolkit's toggles then work on it, and its convert read
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LearnedQuantizer", "largest_weight", "search_range"]
+__all__ = ["LearnedQuantizer", "largest_weight", "search_range", "switched"]
 
 SAMPLE = 8192
 """Activations kept from each observed batch for the range search."""
@@ -336,3 +338,31 @@ class LearnedQuantizer(nn.Module):
                 else:
                     setattr(self, name, fresh)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+@contextmanager
+def switched(quantizers: Iterable[Any], *, observe: bool, quantize: bool) -> Iterator[None]:
+    """Switches fake quantizers of either toolkit, and puts each of its switches back afterwards.
+
+    Args:
+        quantizers: modules with torch.ao's or torchao's toggles.
+        observe: whether they see what passes; learned ones forget what they saw before, and keep a sample.
+        quantize: whether they round it.
+    """
+    before = [(each, each.observer_enabled.clone(), each.fake_quant_enabled.clone()) for each in quantizers]
+    learned = [each for each, *_ in before if isinstance(each, LearnedQuantizer)]
+    for each, *_ in before:
+        each.enable_observer(observe)
+        each.enable_fake_quant(quantize)
+    for each in learned:
+        each.sampling = observe
+        if observe:
+            each.reset()
+    try:
+        yield
+    finally:
+        for each, observer, fake_quant in before:
+            each.observer_enabled.copy_(observer)
+            each.fake_quant_enabled.copy_(fake_quant)
+        for each in learned:
+            each.sampling = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from adadfq_plugin.teacher import Teacher, find_facts, make_teacher
 
 SIZE = (3, 16, 16)
 CLASSES = 5
+NetT = TypeVar("NetT", bound=nn.Module)
 
 
 class Residual(nn.Module):
@@ -37,20 +38,25 @@ class Residual(nn.Module):
         return cast(Tensor, self.linear(self.pool(x).flatten(1)))
 
 
-def trained(width: int = 8, classes: int = CLASSES, seed: int = 0) -> Any:
-    """A network whose BatchNorm layers have seen data; eval mode. Needs the ``seeded`` fixture."""
-    torch.manual_seed(seed)
-    model = Residual(width, classes)
+def _seen(model: NetT, head: nn.Linear, batches: int) -> NetT:
+    """BatchNorm layers of all scales that have seen data, and logits that differ; eval mode."""
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.weight.uniform_(0.5, 1.5)
                 module.bias.uniform_(-0.5, 0.5)
-        model.linear.weight.mul_(4)
+        head.weight.mul_(4)
         model.train()
-        for _ in range(20):
+        for _ in range(batches):
             model(images(32))
     return model.eval()
+
+
+def trained(width: int = 8, classes: int = CLASSES, seed: int = 0) -> Any:
+    """A network whose BatchNorm layers have seen data; eval mode. Needs the ``seeded`` fixture."""
+    torch.manual_seed(seed)
+    model = Residual(width, classes)
+    return _seen(model, model.linear, 20)
 
 
 class Inverted(nn.Module):
@@ -84,16 +90,7 @@ def inverted(seed: int = 0) -> Inverted:
     """One whose BatchNorm layers have seen data; eval mode. Needs the ``seeded`` fixture."""
     torch.manual_seed(seed)
     model = Inverted()
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.weight.uniform_(0.5, 1.5)
-                module.bias.uniform_(-0.5, 0.5)
-        model.head.weight.mul_(4)
-        model.train()
-        for _ in range(60):
-            model(images(32))
-    return model.eval()
+    return _seen(model, model.head, 60)
 
 
 def images(count: int) -> Tensor:

@@ -207,27 +207,12 @@ def test_phases_do_what_they_say() -> None:
     assert all(weight.grad is not None for weight in opened.weights())
 
 
-def test_the_reference_is_what_the_activations_are_to_become() -> None:
-    opened = FXBackend().open(models.prepared(3))
-    batch = models.images(8)
-    reference = opened.reference()
+def test_activations_take_few_levels() -> None:
+    opened, batch = FXBackend().open(models.prepared(3)), models.images(8)
     observed(opened, batch)
-    weights = opened.weights()
-    with torch.no_grad(), reference.phase(Phase.FLOAT), opened.phase(Phase.TRAIN):
-        before = reference.module(batch)
-        for weight in weights:
-            weight.mul_(2)
-        with reference.activations() as of_p, opened.activations() as of_q:
-            assert torch.equal(reference.module(batch), before)
-            z_q = opened.module(batch)
-        assert list(of_p) == list(of_q)
-        assert len(of_q) > 3
-        assert any(torch.equal(each, z_q) for each in of_q.values())  # the logits are among them
-        assert not any(each.shape == batch.shape for each in of_q.values())  # the input isn't
-        levels = max(each.unique().numel() for each in of_q.values() if each.ndim == 4)
-        assert levels <= 8
-        opened.module(batch * 0)
-        assert any(torch.equal(each, z_q) for each in of_q.values())  # the hooks are gone
+    with torch.no_grad(), opened.phase(Phase.TRAIN), opened.activations() as of_q:
+        opened.module(batch)
+    assert max(each.unique().numel() for each in of_q.values() if each.ndim == 4) <= 8
 
 
 def test_boundary_takes_eight_bits() -> None:

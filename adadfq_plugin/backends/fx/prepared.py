@@ -22,7 +22,8 @@ from adadfq_plugin.backends.fx.folding import float_copy, fold_batch_norm, is_qu
 from adadfq_plugin.backends.fx.kernels import GROUPS, adds_in_16_bits, has_vnni, largest_weight, using_engine
 from adadfq_plugin.contracts import Phase
 from adadfq_plugin.errors import ModelError
-from adadfq_plugin.hooks import capture_outputs
+from adadfq_plugin.fake_quantize import switched
+from adadfq_plugin.hooks import capture_outputs, module_modes
 
 __all__ = ["ENGINE", "IN_FLOAT", "FXPrepared", "prepared_attributes"]
 
@@ -200,28 +201,8 @@ class FXPrepared:
             self._refuse_again()
         quantize = phase in (Phase.TRAIN, Phase.EVALUATE) and self.trainable
         quantizers = [module for module in self.module.modules() if isinstance(module, FakeQuantizeBase)]
-        before = [
-            (module.observer_enabled.clone(), module.fake_quant_enabled.clone()) for module in quantizers
-        ]
-        modes = [(module, module.training) for module in self.module.modules()]
-        self.module.eval()  # BatchNorm is folded or frozen, dropout off
-        for module in quantizers:
-            module.enable_observer(observe)
-            module.enable_fake_quant(quantize)
-            if isinstance(module, LearnedFakeQuantize):
-                module.sampling = observe
-                if observe:
-                    module.reset()
-        try:
-            yield
-        finally:
-            for module, (observer, fake_quant) in zip(quantizers, before, strict=True):
-                module.observer_enabled.copy_(observer)
-                module.fake_quant_enabled.copy_(fake_quant)
-                if isinstance(module, LearnedFakeQuantize):
-                    module.sampling = False
-            for each, training in modes:
-                each.training = training
+        with module_modes(self.module, False), switched(quantizers, observe=observe, quantize=quantize):
+            yield  # BatchNorm is folded or frozen, dropout off
 
     def reference(self) -> FXPrepared:
         """A copy with the weights of now."""

@@ -25,6 +25,7 @@ from adadfq_plugin.backends.pt2e.graphs import (
 )
 from adadfq_plugin.contracts import Phase
 from adadfq_plugin.errors import ModelError
+from adadfq_plugin.fake_quantize import switched
 from adadfq_plugin.hooks import capture_outputs
 
 __all__ = ["ATTRIBUTES", "IN_FLOAT", "PT2EPrepared", "input_size"]
@@ -145,24 +146,8 @@ class PT2EPrepared:
         """Switches observers and fake quantizers for the length of the ``with``."""
         observe, quantize = phase is Phase.OBSERVE, phase in (Phase.TRAIN, Phase.EVALUATE)
         quantizers = [module for module in self.module.modules() if isinstance(module, FakeQuantizeBase)]
-        before = [
-            (module.observer_enabled.clone(), module.fake_quant_enabled.clone()) for module in quantizers
-        ]
-        for module in quantizers:
-            module.enable_observer(observe)
-            module.enable_fake_quant(quantize)
-            if isinstance(module, LearnedFakeQuantize):
-                module.sampling = observe
-                if observe:
-                    module.reset()
-        try:
+        with switched(quantizers, observe=observe, quantize=quantize):
             yield
-        finally:
-            for module, (observer, fake_quant) in zip(quantizers, before, strict=True):
-                module.observer_enabled.copy_(observer)
-                module.fake_quant_enabled.copy_(fake_quant)
-                if isinstance(module, LearnedFakeQuantize):
-                    module.sampling = False
 
     def reference(self) -> PT2EPrepared:
         """A copy with the weights of now."""
