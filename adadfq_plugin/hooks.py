@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -12,8 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.overrides import TorchFunctionMode
 
-__all__ = ["capture_inputs", "capture_outputs", "fork_rng", "frozen", "module_modes", "temporary_attributes"]
+__all__ = [
+    "Call",
+    "capture_calls",
+    "capture_inputs",
+    "capture_outputs",
+    "fork_rng",
+    "frozen",
+    "module_modes",
+    "temporary_attributes",
+]
 
 
 @contextmanager
@@ -96,6 +107,79 @@ def capture_outputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tens
         for name, module in modules.items():
             handles.callback(module.register_forward_hook(partial(record, name)).remove)
         yield outputs
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a function of torch: its short name, its arguments and the tensor that it returned."""
+
+    name: str
+    args: tuple[Any, ...]
+    output: Tensor
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def argument(self, place: int, name: str, default: Any = None) -> Any:
+        """An argument, however it was passed."""
+        return self.args[place] if len(self.args) > place else self.kwargs.get(name, default)
+
+
+class _Recorder(TorchFunctionMode):
+    """Notes the calls of some functions; ATen's operators have the name in front of their dot."""
+
+    def __init__(self, names: Collection[str], calls: list[Call]) -> None:
+        super().__init__()
+        self.names, self.calls = names, calls
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "").partition(".")[0]
+        if name in self.names and isinstance(output, Tensor):
+            self.calls.append(Call(name, args, output, kwargs or {}))
+        return output
+
+
+@contextmanager
+def capture_calls(module: nn.Module, names: Collection[str]) -> Iterator[list[Call]]:
+    """Record what a module's forward pass calls, whether it is written in modules, functions or ATen's operators.
+
+    The tensors stay in their graph. Each forward pass of ``module`` starts the record anew.
+
+    Args:
+        module: The module whose calls count.
+        names: Short names of functions of torch, such as ``"layer_norm"``.
+
+    Yields:
+        The calls of the latest forward pass, in their order; it keeps its contents after the block.
+
+    Example:
+        >>> import torch
+        >>> net = torch.nn.Sequential(torch.nn.LayerNorm(2), torch.nn.ReLU(), torch.nn.LayerNorm(2))
+        >>> with capture_calls(net, {"layer_norm"}) as calls:
+        ...     _ = torch.layer_norm(net(torch.ones(1, 2)), [2])
+        >>> [call.name for call in calls]
+        ['layer_norm', 'layer_norm']
+    """
+    calls: list[Call] = []
+    running: list[_Recorder] = []
+
+    def start(*_: Any) -> None:
+        calls.clear()
+        running.append(_Recorder(names, calls))
+        running[-1].__enter__()  # type: ignore[no-untyped-call]
+
+    def stop(*_: Any) -> None:
+        running.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    with ExitStack() as handles:
+        handles.callback(module.register_forward_pre_hook(start).remove)
+        handles.callback(module.register_forward_hook(stop, always_call=True).remove)
+        yield calls
 
 
 @contextmanager

@@ -1,22 +1,61 @@
-"""What a trained network says about its training images: losses that hook into the teacher."""
+"""What a trained network says about its training images: losses that hook into the teacher, and their sum."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import cast
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from adadfq_plugin.config import GeneratorSettings
 from adadfq_plugin.errors import ModelError, SettingsError
-from adadfq_plugin.functional import bn_statistics_loss, channel_moments, total_variation
-from adadfq_plugin.hooks import capture_inputs
+from adadfq_plugin.functional import (
+    bn_statistics_loss,
+    channel_moments,
+    head_similarity,
+    patch_similarity_entropy,
+    squared_norm,
+    total_variation,
+)
+from adadfq_plugin.hooks import Call, capture_calls, capture_inputs
+from adadfq_plugin.teacher import Teacher
 
-__all__ = ["BNStatistics", "PriorSum", "TotalVariation", "batch_norms"]
+__all__ = [
+    "BNStatistics",
+    "HeadSimilarity",
+    "ImageNorm",
+    "PatchSimilarity",
+    "Prior",
+    "PriorSum",
+    "TotalVariation",
+    "batch_norms",
+    "choose_priors",
+]
 
 SMALLEST = 1e-8
 """Keeps the gradient of a deviation finite where a channel is constant."""
+ATTENTION = ("scaled_dot_product_attention",)
+NORMS = ("layer_norm", "rms_norm", "group_norm")
+CONVOLUTIONS = ("conv2d",)
+LEAST_PATCHES = 4
+MOST_HEADS, MOST_QUERIES = 4, 16
+"""Heads and queries that are compared: pairs of heads grow with the square, and neighbouring queries are alike."""
+PATCHES = 1.0
+"""Default weight of the patches' similarity, where a network has no BatchNorm or attention beside it."""
+
+
+class Prior(Protocol):
+    """One loss over P's forward pass."""
+
+    name: str
+
+    def reason(self, model: nn.Module, images: Tensor) -> str | None:
+        """Why this prior can't be used for a network and images of its size; None if it can."""
+
+    def watch(self, model: nn.Module) -> AbstractContextManager[Callable[[], Tensor]]:
+        """The loss over the most recent forward pass of ``model``, for the length of the ``with``."""
 
 
 def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
@@ -42,11 +81,14 @@ class BNStatistics:
     def __init__(self, relative: bool = True) -> None:
         self.relative = relative
 
-    def reason(self, model: nn.Module) -> str | None:
-        """Why this prior can't be used; None if it can."""
+    def reason(self, model: nn.Module, images: Tensor) -> str | None:
+        """None where a layer has been trained."""
         layers = batch_norms(model)
         if not layers:
-            return "the network has no BatchNorm layer that keeps running statistics"
+            return (
+                "the network has no BatchNorm layer that keeps running statistics (if prepare_fx or prepare_pt2e "
+                "folded them away, pass teacher= the float model)"
+            )
         fresh = [
             name
             for name, layer in layers.items()
@@ -82,12 +124,129 @@ class BNStatistics:
             yield loss
 
 
-class TotalVariation:
-    """Neighbouring pixels alike (``total_variation`` of the network's input)."""
+def _tokens(call: Call) -> Tensor | None:
+    """Features of patches (N, T, D) from what an attention, a normalisation or a convolution returned."""
+    x = call.output
+    if x.ndim == 4 and call.name in ATTENTION:
+        tokens = x.transpose(1, 2).flatten(2)  # heads side by side
+    elif x.ndim == 4 and call.name in ("group_norm", *CONVOLUTIONS):
+        tokens = x.flatten(2).transpose(1, 2)
+    elif x.ndim >= 3 and call.name in ("layer_norm", "rms_norm"):
+        tokens = x.flatten(1, -2)
+    else:
+        return None
+    return tokens if tokens.shape[1] >= LEAST_PATCHES else None
 
-    name = "total_variation"
 
-    def reason(self, model: nn.Module) -> str | None:
+class PatchSimilarity:
+    """Patches as unlike each other as those of real images (``patch_similarity_entropy``, to be large).
+
+    Patches are what attention returns; in networks without it, what normalisations of single images return; in
+    networks without these, what convolutions return. Each call weighs the same.
+    """
+
+    name = "patch_similarity"
+
+    @staticmethod
+    def _patches(calls: Sequence[Call]) -> tuple[tuple[str, ...] | None, list[Tensor]]:
+        for kind in (ATTENTION, NORMS, CONVOLUTIONS):
+            found = [_tokens(call) for call in calls if call.name in kind]
+            if known := [tokens for tokens in found if tokens is not None]:
+                return kind, known
+        return None, []
+
+    @staticmethod
+    def _calls(model: nn.Module) -> AbstractContextManager[list[Call]]:
+        return capture_calls(model, {*ATTENTION, *NORMS, *CONVOLUTIONS})
+
+    def kind(self, model: nn.Module, images: Tensor) -> tuple[str, ...] | None:
+        """The functions whose outputs hold a network's patches, by a trial."""
+        with self._calls(model) as calls, torch.no_grad():
+            model(images)
+        return self._patches(calls)[0]
+
+    def reason(self, model: nn.Module, images: Tensor) -> str | None:
+        """None where a trial shows patches."""
+        if self.kind(model, images) is None:
+            return f"the network has no attention, normalisation or convolution over {LEAST_PATCHES} patches or more"
+        return None
+
+    @contextmanager
+    def watch(self, model: nn.Module) -> Iterator[Callable[[], Tensor]]:
+        """The loss over the most recent forward pass of ``model``."""
+        with self._calls(model) as calls:
+
+            def loss() -> Tensor:
+                _, patches = self._patches(calls)
+                return -torch.stack([patch_similarity_entropy(each).mean() for each in patches]).mean()
+
+            yield loss
+
+
+def _attention(call: Call) -> Tensor | None:
+    """Probabilities (N, h, T, S) of some heads and queries of an attention, or None where it has one head."""
+    if call.name == "softmax":
+        x = call.output
+        if x.ndim != 4 or x.shape[1] < 2 or x.shape[3] < LEAST_PATCHES:
+            return None
+        return x[:, _some(x.shape[1], MOST_HEADS)][:, :, _some(x.shape[2], MOST_QUERIES)]
+    query, key = call.argument(0, "query"), call.argument(1, "key")
+    if (
+        query.ndim != 4
+        or query.shape[1] < 2
+        or key.shape[1] != query.shape[1]
+        or key.shape[2] < LEAST_PATCHES
+    ):
+        return None
+    heads, queries = _some(query.shape[1], MOST_HEADS), _some(query.shape[2], MOST_QUERIES)
+    scale = call.kwargs.get("scale") or query.shape[-1] ** -0.5
+    scores = query[:, heads][:, :, queries] @ key[:, heads].transpose(-2, -1) * scale
+    mask = call.argument(3, "attn_mask")
+    if mask is not None and mask.is_floating_point():  # relative positions
+        mask = mask.expand(*mask.shape[:-3], query.shape[1], query.shape[2], key.shape[2])
+        scores = scores + mask[..., heads, :, :][..., queries, :]
+    probabilities: Tensor = scores.softmax(-1)
+    return probabilities
+
+
+def _some(count: int, most: int) -> slice:
+    return slice(None, None, -(-count // most))
+
+
+class HeadSimilarity:
+    """Heads that attend to the same places (``head_similarity``, to be large), over every attention."""
+
+    name = "head_similarity"
+
+    @staticmethod
+    def _calls(model: nn.Module) -> AbstractContextManager[list[Call]]:
+        return capture_calls(model, {*ATTENTION, "softmax"})
+
+    @staticmethod
+    def _similarities(calls: Sequence[Call]) -> list[Tensor]:
+        maps = [_attention(call) for call in calls]
+        return [head_similarity(each).mean() for each in maps if each is not None]
+
+    def reason(self, model: nn.Module, images: Tensor) -> str | None:
+        """None where a trial shows attention of several heads."""
+        with self._calls(model) as calls, torch.no_grad():
+            model(images)
+        return None if self._similarities(calls) else "the network has no attention of several heads"
+
+    @contextmanager
+    def watch(self, model: nn.Module) -> Iterator[Callable[[], Tensor]]:
+        """The loss over the most recent forward pass of ``model``."""
+        with self._calls(model) as calls:
+            yield lambda: -torch.stack(self._similarities(calls)).mean()
+
+
+class _OfInput:
+    """A loss of the network's input alone."""
+
+    name: str
+    loss: Callable[[Tensor], Tensor]
+
+    def reason(self, model: nn.Module, images: Tensor) -> str | None:
         """Any network with images as its input will do."""
         return None
 
@@ -95,48 +254,90 @@ class TotalVariation:
     def watch(self, model: nn.Module) -> Iterator[Callable[[], Tensor]]:
         """The loss over the most recent forward pass of ``model``."""
         with capture_inputs({"input": model}) as seen:
-            yield lambda: total_variation(seen["input"])
+            yield lambda: type(self).loss(seen["input"])
+
+
+class TotalVariation(_OfInput):
+    """Neighbouring pixels alike (``total_variation`` of the network's input)."""
+
+    name = "total_variation"
+    loss = staticmethod(total_variation)
+
+
+class ImageNorm(_OfInput):
+    """Pixels near the mean (``squared_norm`` of the network's input)."""
+
+    name = "image_norm"
+    loss = staticmethod(squared_norm)
 
 
 class PriorSum:
-    """Weighted sum of the priors that a network admits; priors add up, they do not switch.
+    """Weighted sum of priors; they add up, they do not switch.
 
     Args:
-        parts: priors with their weights; a weight of 0 leaves a prior out.
-        model: the network.
-
-    Raises:
-        ModelError: a statistics prior was asked for and can't be used.
-        SettingsError: none was asked for.
+        parts: priors with their weights.
     """
 
     name = "sum"
 
-    def __init__(
-        self, parts: Sequence[tuple[float, BNStatistics | TotalVariation]], model: nn.Module
-    ) -> None:
-        self.parts = [(weight, prior) for weight, prior in parts if weight > 0]
-        if not any(isinstance(prior, BNStatistics) for _, prior in self.parts):
-            raise SettingsError(
-                "gamma = 0 leaves no prior that knows the training images; give gamma a positive weight, or use "
-                "method 'noise'"
-            )
-        for _, prior in self.parts:
-            why = prior.reason(model)
-            if why is not None:
-                raise ModelError(
-                    f"prior {prior.name!r} can't be used: {why}; pass teacher= a float model with trained "
-                    "BatchNorm layers (prepare_fx and prepare_pt2e fold them away), or use method 'noise'"
-                )
+    def __init__(self, parts: Sequence[tuple[float, Prior]]) -> None:
+        self.parts = list(parts)
 
     @contextmanager
     def watch(self, model: nn.Module) -> Iterator[Callable[[], Tensor]]:
         """The sum over the most recent forward pass of ``model``."""
         with ExitStack() as stack:
             losses = [(weight, stack.enter_context(prior.watch(model))) for weight, prior in self.parts]
+            yield lambda: torch.stack([weight * part() for weight, part in losses]).sum()
 
-            def loss() -> Tensor:
-                terms = [weight * part() for weight, part in losses]
-                return torch.stack(terms).sum() if terms else torch.zeros(())
 
-            yield loss
+def choose_priors(settings: GeneratorSettings, teacher: Teacher) -> tuple[PriorSum, list[str]]:
+    """The priors that a network admits, at the weights of the settings, and a sentence for each decision.
+
+    Args:
+        settings: the weights; 0 leaves a prior out.
+        teacher: the network and what is known of its images.
+
+    Raises:
+        ModelError: the network was never trained, or nothing can be read from it about its images.
+        SettingsError: no prior that knows the images was asked for.
+    """
+    model = teacher.model
+    like: Any = next(iter((*model.parameters(), *model.buffers())), torch.zeros(()))
+    images = torch.randn(2, *teacher.facts.input_size, generator=torch.Generator().manual_seed(0)).to(
+        like.device
+    )
+    statistics, patches = BNStatistics(settings.bn_units == "relative"), PatchSimilarity()
+    if settings.gamma > 0 and batch_norms(model) and (why := statistics.reason(model, images)):
+        raise ModelError(
+            f"prior {statistics.name!r} can't be used: {why}; load trained weights, or use method 'noise'"
+        )
+    weight = settings.patch_similarity
+    if weight is None:
+        convolutional = bool(batch_norms(model)) and patches.kind(model, images) in (None, CONVOLUTIONS)
+        weight = 0.0 if convolutional else PATCHES
+    learned: list[tuple[float, Prior]] = [
+        (settings.gamma, statistics),
+        (weight, patches),
+        (settings.head_similarity, HeadSimilarity()),
+    ]
+    wanted = [(weight, prior) for weight, prior in learned if weight > 0]
+    if not wanted:
+        raise SettingsError(
+            "gamma = 0 leaves no prior that knows the training images; give gamma, patch_similarity or "
+            "head_similarity a positive weight, or use method 'noise'"
+        )
+    refused = {prior.name: why for _, prior in wanted if (why := prior.reason(model, images)) is not None}
+    usable = [(weight, prior) for weight, prior in wanted if prior.name not in refused]
+    if not usable:
+        raise ModelError(
+            f"no prior can be used: {'; '.join(f'{name}: {why}' for name, why in refused.items())}; use method "
+            "'noise'"
+        )
+    notes = [f"prior {prior.name} has weight {weight:g}" for weight, prior in usable]
+    notes += [f"prior {name} is left out: {why}" for name, why in refused.items()]
+    of_input: list[tuple[float, Prior]] = [
+        (settings.tv, TotalVariation()),
+        (settings.image_norm, ImageNorm()),
+    ]
+    return PriorSum([*usable, *((weight, prior) for weight, prior in of_input if weight > 0)]), notes

@@ -18,7 +18,6 @@ from adadfq_plugin.errors import ModelError
 from adadfq_plugin.game import GeneratorPlayer, Pace, ReplayPool, augment, make_plan, mixed
 from adadfq_plugin.game.quantized import QuantizedPlayer, in_pieces
 from adadfq_plugin.generators import Generator
-from adadfq_plugin.priors import BNStatistics, PriorSum, TotalVariation, batch_norms
 from adadfq_plugin.teacher import Facts, Teacher, find_facts, make_teacher, multiply_adds
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -53,58 +52,6 @@ def test_sampling_is_seeded_and_uniform() -> None:
     assert torch.equal(z, again)
     assert torch.bincount(labels, minlength=4).min() > 900
     assert abs(z.std().item() - 1) < 0.02
-
-
-def test_statistics_prior_is_zero_on_its_own_statistics() -> None:
-    model = models.trained()
-    batch = models.images(64)
-    model.train()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 1.0
-    with torch.no_grad():
-        model(batch)
-    model.eval()
-    first = nn.Sequential(model.conv1, model.bn1)
-    with torch.no_grad(), BNStatistics().watch(first) as loss:
-        first(batch)
-        own = loss()
-        first(batch * 2 + 1)
-        other = loss()
-    assert own < 1e-4  # the running variance is the unbiased one
-    assert other > 10 * own
-
-
-def test_relative_statistics_against_numpy() -> None:
-    model, batch = models.trained(), models.images(8)
-    bn, x = model.bn1, model.conv1(batch).detach().double().numpy()
-    mean, deviation = bn.running_mean.double().numpy(), (bn.running_var.double().numpy() + bn.eps) ** 0.5
-    expected = (((x.mean((0, 2, 3)) - mean) / deviation) ** 2).mean()
-    expected += ((x.std((0, 2, 3)) / deviation - 1) ** 2).mean()
-    first = nn.Sequential(model.conv1, bn)
-    with torch.no_grad(), BNStatistics().watch(first) as loss:
-        first(batch)
-        assert abs(loss().item() - expected) < 1e-4 * expected
-
-
-def test_priors_add_up_and_leave_no_hooks() -> None:
-    model = models.trained()
-    prior = PriorSum([(2.0, BNStatistics()), (3.0, TotalVariation()), (0.0, TotalVariation())], model)
-    batch = models.images(8)
-    with BNStatistics().watch(model) as bns, TotalVariation().watch(model) as tv, prior.watch(model) as total:
-        model(batch)
-        assert torch.allclose(total(), 2 * bns() + 3 * tv())
-    assert not any(module._forward_pre_hooks for module in model.modules())
-
-
-def test_priors_say_why_not() -> None:
-    linear = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
-    assert "no BatchNorm" in str(BNStatistics().reason(linear))
-    assert TotalVariation().reason(linear) is None
-    assert BNStatistics().reason(models.trained()) is None
-    assert len(batch_norms(models.trained())) == 3
-    with pytest.raises(ModelError, match="'bn_statistics' can't be used"):
-        PriorSum([(1.0, BNStatistics())], linear)
 
 
 @given(st.integers(1, 20), st.lists(st.integers(1, 9), min_size=1, max_size=8))

@@ -20,7 +20,7 @@ from adadfq_plugin.functional import (
 from adadfq_plugin.game.pace import Pace
 from adadfq_plugin.game.pool import augment
 from adadfq_plugin.generators import Generator
-from adadfq_plugin.priors import BNStatistics, PriorSum, TotalVariation
+from adadfq_plugin.priors import choose_priors
 from adadfq_plugin.teacher import Teacher
 
 __all__ = ["GeneratorPlayer"]
@@ -42,7 +42,7 @@ class GeneratorPlayer:
         device: where to run.
 
     Raises:
-        ModelError: the teacher admits no BatchNorm-statistics prior.
+        ModelError: the teacher admits no prior that knows its training images.
     """
 
     def __init__(
@@ -54,13 +54,7 @@ class GeneratorPlayer:
         device: torch.device,
     ) -> None:
         self.teacher, self.settings, self.batch_size, self._rng = teacher, settings, batch_size, rng
-        self.prior = PriorSum(
-            [
-                (settings.gamma, BNStatistics(settings.bn_units == "relative")),
-                (settings.tv, TotalVariation()),
-            ],
-            teacher.model,
-        )
+        self.prior, self.notes = choose_priors(settings, teacher)
         self.generator = Generator(teacher.facts, settings.latent_dim, settings.generator_width).to(device)
         if teacher.channels_last:
             self.generator.to(memory_format=torch.channels_last)

@@ -54,9 +54,11 @@ class Run:
         """A fresh generator for the task's teacher."""
         settings = self.task.settings
         assert isinstance(settings, GeneratorSettings)
-        return GeneratorPlayer(
+        player = GeneratorPlayer(
             self.task.teacher, settings, self.plan.generator_batch_size, self.rng, self.task.device
         )
+        self.notes += player.notes
+        return player
 
     def warm_up(self, player: GeneratorPlayer) -> None:
         """G alone, until its samples carry P's statistics."""
