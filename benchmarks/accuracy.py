@@ -27,12 +27,13 @@ import warnings
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import papers
 import rulers
 import tables
 import torch
+from torch.fx import GraphModule
 
 import adadfq_plugin
 from adadfq_plugin import api
@@ -143,7 +144,7 @@ def run(cell: Cell) -> tables.Row:
     measured = fake
     if cell.protocol == "deployable":
         if cell.backend == "fx":
-            measured = logits(convert_fx(prepared))
+            measured = logits(convert_fx(cast(GraphModule, prepared)))
         else:
             from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 

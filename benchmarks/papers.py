@@ -37,7 +37,7 @@ def prepare(model: nn.Module, input_size: tuple[int, int, int], scheme: Scheme) 
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) in QAT:
-                child.qconfig = qconfig
+                child.qconfig = qconfig  # type: ignore[assignment]
                 setattr(parent, name, QAT[type(child)].from_float(child))
             elif type(child) is nn.ReLU:
                 setattr(parent, name, nn.Sequential(child, activation()))
