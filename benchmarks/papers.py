@@ -2,6 +2,9 @@
 
 What comes out of each ReLU takes x bits, affine per tensor; the weights of all layers, first and last included, x bits,
 affine per output channel; BatchNorm stays in float and is not folded; images, sums, averages and logits stay in float.
+Where this still differs from the published codes: the ranges are set once, before the training, and with
+``learn_step_sizes`` their scales learn (zero points never do), where those take the weights' smallest and largest value
+anew at each step; the statistics of BatchNorm are P's throughout.
 """
 
 from __future__ import annotations

@@ -19,9 +19,10 @@ MARKS = "<!-- accuracy -->\n", "<!-- end -->"
 Row = dict[str, Any]
 """``cell`` (what was run) and what came out of it."""
 COLUMNS = (
-    "bits | backend | method | seeds | top-1, mean (each) | spread | drop | agreement, least | logit error, largest "
-    "| first half | seconds | MiB | threads | commit"
+    "bits | backend | method | seeds | images | top-1, mean (each) | spread | drop | agreement, least "
+    "| logit error, largest | first half | seconds | MiB | threads | commit"
 )
+CEILINGS = ("real", "mse-real", "real_images")
 NOTES = {
     "real": "`real` and `mse-real` are no methods: they see REAL images, and say what can be reached with these. They "
     f"are measured on other images than they see: of CIFAR-10 on the first {rulers.FIRST}, of ImageNet on 436.",
@@ -54,7 +55,7 @@ def accuracy(row: Row) -> float:
 
 def changes(cell: dict[str, Any]) -> str:
     """What was asked for beside the method: ``, feature_weight=0 in 1.5 min``."""
-    settings = "".join(f", {name}={value}" for name, value in cell["settings"].items())
+    settings = "".join(f", {name}={json.dumps(value)}" for name, value in cell["settings"].items())
     return settings + (f" in {cell['minutes']:g} min" if cell["minutes"] else "")
 
 
@@ -68,7 +69,7 @@ def tables(rows: dict[str, Row]) -> str:
         for _, group in groupby(of_network, key=_line):
             cells = list(group)
             floats |= {f"{100 * row['float']:.2f} on {row['images']}" for row in cells}
-            seen["real"] |= "real" in cells[0]["cell"]["method"]
+            seen["real"] |= cells[0]["cell"]["method"] in CEILINGS
             lines.append("| " + " | ".join(_figures(cells)) + " |")
         seen["papers"] |= protocol == "papers"
         title = f"**{network}**, {protocol} protocol; float: {' images, '.join(sorted(floats))} images"
@@ -96,8 +97,9 @@ def _figures(cells: Sequence[Row]) -> list[str]:
     return [
         cell["scheme"].upper(),
         cell["backend"],
-        cell["method"] + changes(cell),
+        cell["method"] + (" (REAL images)" if cell["method"] in CEILINGS else "") + changes(cell),
         str(len(cells)),
+        str(cells[0]["images"]),
         f"{mean:.2f} ({', '.join(f'{value:.2f}' for value in top1)})",
         f"{max(top1) - min(top1):.2f}" if len(top1) > 1 else "",
         f"{100 * cells[0]['float'] - mean:.2f}",
