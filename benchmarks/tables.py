@@ -26,6 +26,8 @@ CEILINGS = ("real", "mse-real", "real_images")
 NOTES = {
     "real": "`real` and `mse-real` are no methods: they see REAL images, and say what can be reached with these. They "
     f"are measured on other images than they see: of CIFAR-10 on the first {rulers.FIRST}, of ImageNet on 436.",
+    "pt2e": "Converted networks of `pt2e` were run eagerly, which computes in float what they have quantized: their "
+    "agreement says that the conversion kept the network, and nothing of Inductor's integer kernels.",
     "papers": "In the papers' protocol only weights and ReLU outputs are quantized, no network is converted, and the "
     "fake-quantized one is measured: these figures can't be compared with the deployable ones.",
 }
@@ -61,7 +63,7 @@ def changes(cell: dict[str, Any]) -> str:
 
 def tables(rows: dict[str, Row]) -> str:
     """A table a protocol and network; a line for what differs by the seed alone."""
-    parts, seen = [], {"real": False, "papers": False}
+    parts, seen = [], dict.fromkeys(NOTES, False)
     ordered = sorted(rows.values(), key=lambda row: (*_table(row), *_line(row), row["cell"]["seed"]))
     for (protocol, network), of_network in groupby(ordered, key=_table):
         lines = [f"| {COLUMNS} |", "|" + "---|" * (COLUMNS.count("|") + 1)]
@@ -70,6 +72,7 @@ def tables(rows: dict[str, Row]) -> str:
             cells = list(group)
             floats |= {f"{100 * row['float']:.2f} on {row['images']}" for row in cells}
             seen["real"] |= cells[0]["cell"]["method"] in CEILINGS
+            seen["pt2e"] |= cells[0]["cell"]["backend"] == "pt2e"
             lines.append("| " + " | ".join(_figures(cells)) + " |")
         seen["papers"] |= protocol == "papers"
         title = f"**{network}**, {protocol} protocol; float: {' images, '.join(sorted(floats))} images"
