@@ -1,151 +1,252 @@
-"""Accuracy of converted networks, by method, width and seed: one process a cell, resumable, one table.
+"""Accuracy of quantized networks: one process a cell, resumable, one writer of tables.
 
-    python benchmarks/accuracy.py --networks resnet20 --bits 4 --methods adadfq bn_stats noise --seeds 0 1 2
+    python benchmarks/accuracy.py --schemes w4a4 --methods adadfq bn_stats mse-synthetic real --seeds 0 1 2
+    python benchmarks/accuracy.py --schemes w4a4 --set feature_weight=0                 # an ablation
+    python benchmarks/accuracy.py --networks vit_cifar10 --backends fx pt2e --json other.json
+    python benchmarks/accuracy.py --merge other.json                 # into --json, and into docs/results.md
+    python benchmarks/accuracy.py --protocol papers --methods paper --set steps=4000
+    python benchmarks/accuracy.py --merge --plot docs/accuracy_time.svg
 
-Networks and labelled images come from the folder of ``ADADFQ_ASSETS`` (default ../shared/assets); they are a
-ruler and nothing is trained on them. Protocol: deployable (BatchNorm folded, symmetric per-channel weights,
-affine per-tensor activations wherever the integer kernel needs one, input and logits at 8 bits, every layer at
-the stated bits), accuracy of the model that ``convert_fx`` returns.
+Networks and labelled images come from the folder of ADADFQ_ASSETS (default ../shared/assets). Protocol `deployable`:
+BatchNorm folded, symmetric per-channel weights, affine per-tensor activations wherever the integer kernel needs one,
+input and logits at 8 bits, every layer at the stated bits; top-1 of what `convert_fx` or `convert_pt2e` returns (the
+latter run eagerly, which computes in float what it has quantized). Protocol `papers`: see papers.py. Tables are written
+by runs with the default --json alone, so that others may run beside them.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import os
-import statistics
+import re
+import resource
 import subprocess
 import sys
 import time
 import warnings
-from itertools import groupby
+from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-HERE = Path(__file__).resolve().parent
-ASSETS = Path(os.environ.get("ADADFQ_ASSETS", HERE.parent / ".." / "shared" / "assets")).resolve()
-ROWS = HERE / "accuracy.json"
-TABLE = HERE.parent / "docs" / "results.md"
+import papers
+import rulers
+import tables
+import torch
+from torch.fx import GraphModule
+
+import adadfq_plugin
+from adadfq_plugin import api
+from adadfq_plugin.backends.fx import best_engine
+from adadfq_plugin.config import Settings
+from adadfq_plugin.errors import AdaDFQError
+
+RECIPES: dict[str, tuple[str, str | None, dict[str, Any]]] = {
+    # name: registered method, its preset, changes; any registered method goes by its own name as well
+    "minmax-noise": ("noise", None, {"steps": 0, "ranges": "minmax"}),
+    "mse-noise": ("noise", None, {"steps": 0}),
+    "mse-synthetic": ("adadfq", None, {"steps": 0}),
+    "mse-real": ("real_images", None, {"steps": 0}),
+    "paper": ("adadfq", "paper_cifar", {}),
+    "real": ("real_images", None, {}),
+}
 
 
-def load_cifar(name: str) -> tuple[Any, Any, Any, dict[str, Any]]:
-    """A CIFAR-10 network of the assets, its images and labels, and the facts of its normalisation."""
-    import numpy as np
-    import torch
+@dataclass(frozen=True)
+class Cell:
+    """What one process runs."""
 
-    spec = importlib.util.spec_from_file_location("cifar_resnet", ASSETS / "cifar_resnet.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    arrays = np.load(ASSETS / "cifar10_eval.npz")
-    pixels = torch.from_numpy(arrays["images"]).permute(0, 3, 1, 2).float() / 255
-    mean, std = (torch.tensor(each).view(1, 3, 1, 1) for each in (module.MEAN, module.STD))
-    facts = {"input_size": 32, "mean": module.MEAN, "std": module.STD}
-    return module.load(name), (pixels - mean) / std, torch.from_numpy(arrays["labels"]), facts
+    network: str
+    scheme: str
+    method: str
+    backend: str
+    protocol: str
+    minutes: float | None
+    settings: dict[str, Any]
+    seed: int
+
+    @property
+    def widths(self) -> adadfq_plugin.Scheme:
+        found = re.fullmatch(r"w([2-8])a([2-8])", self.scheme)
+        if found is None:
+            raise SystemExit(f"{self.scheme!r} is no scheme like w4a8, of 2 to 8 bits")
+        return adadfq_plugin.Scheme(weight_bits=int(found[1]), activation_bits=int(found[2]))
+
+    @property
+    def on_real_images(self) -> bool:
+        return self.recipe[0] == "real_images"
+
+    @property
+    def recipe(self) -> tuple[str, Settings]:
+        """The registered method and its settings, validated."""
+        method, preset, values = RECIPES.get(self.method, (self.method, None, {}))
+        where = {"network": self.network} if method == "real_images" else {}
+        changes = {**values, **where, **self.settings}
+        return method, api.method_settings(api.methods().get(method), changes, preset)
+
+    def check(self) -> None:
+        """Refuses now what can't be run."""
+        _ = self.widths, self.recipe
+        if self.method == "real" and self.network not in rulers.CIFAR:
+            raise SystemExit(f"{self.network}: no real images to train on; all are needed for measuring")
+        if self.protocol == "papers" and (self.network not in papers.NETWORKS or self.backend != "fx"):
+            raise SystemExit(f"protocol 'papers' is for {', '.join(papers.NETWORKS)} on fx alone")
 
 
-def run_cell(network: str, bits: int, method: str, seed: int, minutes: float | None) -> dict[str, Any]:
-    """The user's three lines, then the figures."""
-    import torch
-    from torch.ao.quantization.quantize_fx import convert_fx, prepare_qat_fx
+def run(cell: Cell) -> tables.Row:
+    """Prepare, calibrate, convert; then the figures."""
+    from torch.ao.quantization.quantize_fx import convert_fx
 
-    import adadfq_plugin
-
-    model, images, labels, facts = load_cifar(network)
-
-    def logits(net: Any) -> Any:
-        with torch.no_grad():
-            return torch.cat([net(images[start : start + 500]) for start in range(0, len(images), 500)])
-
-    float_top1 = (logits(model).argmax(1) == labels).float().mean().item()
-    scheme = adadfq_plugin.Scheme(weight_bits=bits, activation_bits=bits)
+    torch.backends.quantized.engine = best_engine()
+    model, facts = rulers.load(cell.network)
+    method, settings = cell.recipe
     start = time.monotonic()
-    prepared = prepare_qat_fx(model.train(), adadfq_plugin.qconfig_mapping(scheme), (images[:2],))
-    result = adadfq_plugin.calibrate(prepared, method=method, seed=seed, minutes=minutes, **facts)
+    if cell.protocol == "papers":
+        prepared = papers.prepare(model, facts["input_size"], cell.widths)
+    else:
+        prepared = adadfq_plugin.prepare(model, facts["input_size"], scheme=cell.widths, backend=cell.backend)
+    phases = {"prepare": time.monotonic() - start}
+    result = adadfq_plugin.calibrate(
+        prepared, method=method, settings=settings, minutes=cell.minutes, seed=cell.seed, **facts
+    )
     seconds = time.monotonic() - start
-    fake = logits(prepared.eval())
-    converted = logits(convert_fx(prepared))
-    return {
-        "float": float_top1,
-        "fake": (fake.argmax(1) == labels).float().mean().item(),
-        "converted": (converted.argmax(1) == labels).float().mean().item(),
-        "agreement": (fake.argmax(1) == converted.argmax(1)).float().mean().item(),
-        "logit_error": ((fake - converted).abs().mean() / fake.std()).item(),
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    images, labels = rulers.images(cell.network)
+    if cell.on_real_images:
+        unseen = ~rulers.seen(cell.network, len(images))
+        images, labels = images[unseen], labels[unseen]
+
+    def logits(network: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return torch.cat([network(batch) for batch in images.split(100)])
+
+    def top1(of: torch.Tensor, count: int | None = None) -> float:
+        return (of.argmax(1) == labels)[:count].float().mean().item()
+
+    if cell.backend == "fx":  # an exported graph knows no modes
+        prepared.eval()
+    fake = logits(prepared)
+    row: tables.Row = {
+        "cell": asdict(cell),
+        "images": len(images),
+        "float": top1(logits(model)),
+        "fake": top1(fake),
+        "converted": None,
         "seconds": seconds,
-        "phases": result.seconds,
+        "phases": {**phases, **result.seconds},
+        "peak_mib": peak,
+        "notes": result.notes,
         "vnni": bool(torch.cpu._is_vnni_supported()),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "commit": commit(),
     }
+    measured = fake
+    if cell.protocol == "deployable":
+        if cell.backend == "fx":
+            measured = logits(convert_fx(cast(GraphModule, prepared)))
+        else:
+            from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
+
+            measured = logits(convert_pt2e(prepared))
+        row["converted"] = top1(measured)
+        row["agreement"] = (fake.argmax(1) == measured.argmax(1)).float().mean().item()
+        row["logit_error"] = ((fake - measured).abs().mean() / fake.std()).item()
+    if cell.network in rulers.CIFAR:
+        row["first"] = top1(measured, rulers.FIRST)
+    return row
 
 
-def table(rows: dict[str, dict[str, Any]]) -> str:
-    """One line a network, width and method: mean and spread over the seeds."""
-    lines = [
-        "| network | bits | method | seeds | float | converted, mean (each) | drop | agreement, least "
-        "| logit error, largest | seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    keyed = sorted((tuple(json.loads(key)), row) for key, row in rows.items())
-    for (network, bits, method, minutes), group in groupby(
-        keyed, key=lambda each: (*each[0][:3], each[0][4])
-    ):
-        cells = [row for _, row in group]
-        top1 = [100 * row["converted"] for row in cells]
-        mean, reference = statistics.mean(top1), 100 * cells[0]["float"]
-        limit = f" in {minutes:g} min" if minutes else ""
-        each = ", ".join(f"{value:.2f}" for value in top1)
-        lines.append(
-            f"| {network} | W{bits}A{bits} | {method}{limit} | {len(cells)} | {reference:.2f} | {mean:.2f} ({each}) "
-            f"| {reference - mean:.2f} | {100 * min(row['agreement'] for row in cells):.2f} % "
-            f"| {max(row['logit_error'] for row in cells):.4f} "
-            f"| {statistics.mean(row['seconds'] for row in cells):.0f} |"
-        )
-    return "\n".join(lines)
+def commit() -> str:
+    """The commit that is measured, with a plus where the code has been changed since."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=tables.HERE, capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--", "../adadfq_plugin", "*.py")
+    return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
 
 
-def main() -> None:
-    """Runs the cells that are missing, then writes the table between its marks in docs/results.md."""
+def setting(text: str) -> tuple[str, Any]:
+    """NAME=VALUE, the value as in JSON, or a word."""
+    name, _, value = text.partition("=")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--networks", nargs="+", default=["resnet20"])
-    parser.add_argument("--bits", nargs="+", type=int, default=[8, 6, 5, 4, 3, 2])
-    parser.add_argument("--methods", nargs="+", default=["adadfq"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--minutes", type=float, default=None)
+    several: dict[str, Any] = {"nargs": "+"}
+    parser.add_argument("--networks", **several, default=["resnet20"], choices=rulers.NETWORKS)
+    parser.add_argument("--schemes", **several, default=["w8a8", "w6a6", "w4a8", "w4a4", "w3a3"])
+    parser.add_argument("--backends", **several, default=["fx"], choices=["fx", "pt2e"])
+    parser.add_argument(
+        "--methods", **several, default=["adadfq"], help=f"registered, or {', '.join(RECIPES)}"
+    )
+    parser.add_argument("--protocol", default="deployable", choices=["deployable", "papers"])
+    parser.add_argument("--set", **several, default=[], type=setting, metavar="NAME=VALUE", help="settings")
+    parser.add_argument("--minutes", type=float, default=None, help="time limit of each calibration")
+    parser.add_argument("--seeds", **several, type=int, default=[0])
     parser.add_argument("--again", action="store_true", help="run cells that have a row already")
-    parser.add_argument("--cell", default=None, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.cell:
+    parser.add_argument("--json", type=Path, default=tables.ROWS, help="file of rows (default: %(default)s)")
+    parser.add_argument(
+        "--merge", nargs="*", type=Path, help="run nothing; take these files' rows into --json"
+    )
+    parser.add_argument("--plot", type=Path, help="draw top-1 against time into this file")
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Runs the cells that are missing, then writes tables and plot."""
+    chosen = options()
+    if chosen.cell:
         warnings.simplefilter("ignore")
-        print(json.dumps(run_cell(*json.loads(arguments.cell))))
+        print(json.dumps(run(Cell(**json.loads(chosen.cell)))))
         return
-    if not ASSETS.is_dir():
-        raise SystemExit(f"no assets at {ASSETS}: set ADADFQ_ASSETS to their folder")
-    rows: dict[str, Any] = json.loads(ROWS.read_text()) if ROWS.exists() else {}
-    for network in arguments.networks:
-        for bits in arguments.bits:
-            for seed in arguments.seeds:
-                for method in arguments.methods:
-                    key = json.dumps([network, bits, method, seed, arguments.minutes])
-                    if key in rows and not arguments.again:
-                        continue
-                    command = [sys.executable, __file__, "--cell", key]
-                    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-                    rows[key] = json.loads(done.stdout.splitlines()[-1])
-                    print(
-                        key,
-                        f"{100 * rows[key]['converted']:.2f}",
-                        f"{rows[key]['seconds']:.0f} s",
-                        flush=True,
-                    )
-                    ROWS.write_text(json.dumps(rows, indent=1))
-    before, _, rest = TABLE.read_text().partition("<!-- accuracy -->\n")
-    _, _, after = rest.partition("<!-- end -->")
-    TABLE.write_text(f"{before}<!-- accuracy -->\n{table(rows)}\n<!-- end -->{after}")
+    failed = 0
+    if chosen.merge is not None:
+        tables.save(tables.read(chosen.json, *chosen.merge), chosen.json)
+    else:
+        if not rulers.ASSETS.is_dir():
+            raise SystemExit(f"no assets at {rulers.ASSETS}: set ADADFQ_ASSETS to their folder")
+        axes = chosen.networks, chosen.schemes, chosen.backends, chosen.seeds, chosen.methods
+        cells = [
+            Cell(network, scheme, method, backend, chosen.protocol, chosen.minutes, dict(chosen.set), seed)
+            for network, scheme, backend, seed, method in product(*axes)
+        ]
+        for cell in cells:
+            try:
+                cell.check()
+            except AdaDFQError as error:
+                raise SystemExit(f"{cell.method}: {error}") from None
+        for cell in cells:
+            key = tables.key(asdict(cell))
+            if key in tables.read(chosen.json) and not chosen.again:
+                continue
+            command = [sys.executable, __file__, "--cell", key]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+            if done.returncode:  # its traceback has been seen
+                failed += 1
+                print(key, "FAILED", flush=True)
+                continue
+            row = json.loads(done.stdout.splitlines()[-1])
+            print(key, f"{tables.accuracy(row):.2f}", f"{row['seconds']:.0f} s", flush=True)
+            tables.save({**tables.read(chosen.json), key: row}, chosen.json)
+    rows = tables.read(chosen.json)
+    if chosen.json.resolve() == tables.ROWS:
+        tables.write(rows)
+    else:
+        print(tables.tables(rows))
+    if chosen.plot and not tables.plot(rows, chosen.plot):
+        print("no plot: nothing was run with several --minutes")
+    if failed:
+        raise SystemExit(f"{failed} of {len(cells)} cells failed")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 from zipfile import ZIP_DEFLATED, ZipFile
 
 import models
@@ -17,8 +17,10 @@ from torch.ao.quantization import (
     get_default_qat_qconfig_mapping,
     get_default_qconfig_mapping,
 )
+from torch.ao.quantization.backend_config import BackendConfig
 from torch.ao.quantization.fake_quantize import FakeQuantize
-from torch.ao.quantization.observer import MinMaxObserver, PerChannelMinMaxObserver
+from torch.ao.quantization.fx.custom_config import PrepareCustomConfig
+from torch.ao.quantization.observer import MinMaxObserver, NoopObserver, PerChannelMinMaxObserver
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx, prepare_qat_fx
 
 from adadfq_plugin.backends.fx import FXBackend, FXPrepared, best_engine, qconfig_mapping, using_engine
@@ -405,3 +407,46 @@ def test_saved_archive_is_compressed_and_gives_the_same(tmp_path: Path) -> None:
         assert all(item.compress_type == ZIP_DEFLATED for item in archive.infolist() if item.file_size > 64)
     with torch.no_grad():
         torch.testing.assert_close(backend.load(path)(x), converted(x), rtol=0, atol=0)
+
+
+def test_layers_that_are_quantization_aware_by_hand_keep_their_batch_norm() -> None:
+    """Asymmetric weights, and BatchNorm in float between them: the quantization that papers report."""
+    learned: Any = LearnedFakeQuantize.with_args
+    channels = {"dtype": torch.qint8, "qscheme": torch.per_channel_affine, "ch_axis": 0}
+    weight = learned(quant_min=-8, quant_max=7, **channels)
+    model = models.trained()
+    for name, child in list(model.named_children()):
+        if isinstance(child, nn.Conv2d):
+            child.qconfig = QConfig(activation=NoopObserver, weight=weight)  # type: ignore[assignment]
+            setattr(model, name, torch.ao.nn.qat.Conv2d.from_float(child))
+        elif isinstance(child, nn.ReLU):
+            setattr(model, name, nn.Sequential(child, LearnedFakeQuantize(0, 15)))
+    custom = PrepareCustomConfig().set_non_traceable_module_classes([LearnedFakeQuantize])
+    prepared = prepare_qat_fx(
+        model.train(),
+        QConfigMapping(),
+        EXAMPLE,
+        prepare_custom_config=custom,
+        backend_config=BackendConfig("nothing is fused"),
+    )
+    opened, batch = FXBackend().open(prepared), models.images(64)
+    assert opened.lowest_bits == 4
+    with torch.no_grad(), opened.phase(Phase.FLOAT):
+        assert torch.equal(opened.module(batch), opened.float_model().eval()(batch))
+    observed(opened, batch)
+    for step in opened.steps():
+        step.requires_grad_(True)
+    with opened.phase(Phase.TRAIN):
+        opened.module(batch).square().sum().backward()
+    assert all(step.grad is not None and step.grad.any() for step in opened.steps())
+    with torch.no_grad(), opened.phase(Phase.EVALUATE):
+        calibrated = opened.module(batch)
+    opened.commit()
+    quantizer = cast(LearnedFakeQuantize, prepared.get_submodule("conv2.weight_fake_quant"))
+    assert quantizer.zero_point.unique().numel() > 1
+    assert quantizer.scale.shape == (8,)
+    rounded = quantizer(prepared.get_submodule("conv2").weight)
+    assert max(channel.unique().numel() for channel in rounded) <= 16
+    assert any(isinstance(each, nn.BatchNorm2d) for each in prepared.modules())
+    with torch.no_grad():
+        assert torch.equal(prepared.eval()(batch), calibrated)

@@ -1,0 +1,53 @@
+"""REAL images through the training of our own methods: the ceiling of any synthetic set, and no data-free method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import rulers
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from adadfq_plugin.config import Settings
+from adadfq_plugin.contracts import Outcome, Task
+from adadfq_plugin.errors import SettingsError
+from adadfq_plugin.game.run import Run
+
+
+class RealSettings(Settings):
+    """As of every method; ``samples`` unset: all real images that there are."""
+
+    network: str = Field("resnet20", description="network of the rulers whose real images are taken")
+
+
+class RealImages:
+    """Ranges and training as for `bn_stats`, on real images instead of G's; P's answers are the targets here too."""
+
+    name = "real_images"
+    summary = "REAL images in place of synthetic ones: a ceiling for benchmarks, not a method"
+    settings = RealSettings
+    presets: Mapping[str, Mapping[str, Any]] = {}
+
+    def calibrate(self, task: Task) -> Outcome:
+        settings = task.settings
+        assert isinstance(settings, RealSettings)
+        images, _ = rulers.images(settings.network)
+        images = images[rulers.seen(settings.network, len(images))]
+        samples = settings.samples or len(images)
+        if samples > len(images):
+            raise SettingsError(f"samples = {samples}: there are {len(images)} real images")
+        run = Run(replace(task, settings=settings.model_copy(update={"samples": samples})))
+        batches = iter(images[torch.randperm(len(images), generator=run.rng)].split(run.plan.batch_size))
+
+        def draw() -> tuple[Tensor, Tensor, dict[str, float]]:
+            batch = next(batches)
+            with torch.no_grad():
+                return batch, task.teacher(batch.to(task.device)).argmax(1), {}
+
+        run.fill(draw)
+        run.observe()
+        run.play()
+        return run.outcome(self.name)

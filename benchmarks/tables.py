@@ -1,0 +1,157 @@
+"""Rows of figures: their file, their tables in docs/results.md, their plot."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import rulers
+
+HERE = Path(__file__).resolve().parent
+ROWS = HERE / "accuracy.json"
+PAGE = HERE.parent / "docs" / "results.md"
+MARKS = "<!-- accuracy -->\n", "<!-- end -->"
+Row = dict[str, Any]
+"""``cell`` (what was run) and what came out of it."""
+COLUMNS = (
+    "bits | backend | method | seeds | images | top-1, mean (each) | spread | drop | agreement, least "
+    "| logit error, largest | first half | seconds | MiB | threads | commit"
+)
+CEILINGS = ("real", "mse-real", "real_images")
+NOTES = {
+    "real": "`real` and `mse-real` are no methods: they see REAL images, and say what can be reached with these. They "
+    f"are measured on other images than they see: of CIFAR-10 on the first {rulers.FIRST}, of ImageNet on 436.",
+    "pt2e": "Converted networks of `pt2e` were run eagerly, which computes in float what they have quantized: their "
+    "agreement says that the conversion kept the network, and nothing of Inductor's integer kernels.",
+    "papers": "In the papers' protocol only weights and ReLU outputs are quantized, no network is converted, and the "
+    "fake-quantized one is measured: these figures can't be compared with the deployable ones.",
+}
+
+
+def key(cell: dict[str, Any]) -> str:
+    """One text for what was run."""
+    return json.dumps(cell, sort_keys=True)
+
+
+def read(*files: Path) -> dict[str, Row]:
+    """The rows of several files by their keys; those of later files win."""
+    return {key(row["cell"]): row for file in files if file.exists() for row in json.loads(file.read_text())}
+
+
+def save(rows: dict[str, Row], file: Path) -> None:
+    """Writes the file whole or not at all."""
+    partial = file.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps([rows[each] for each in sorted(rows)], indent=1) + "\n")
+    partial.replace(file)
+
+
+def accuracy(row: Row) -> float:
+    """Top-1 in percent of the converted network, or of the fake-quantized one where none was converted."""
+    return 100 * float(row["fake"] if row["converted"] is None else row["converted"])
+
+
+def changes(cell: dict[str, Any]) -> str:
+    """What was asked for beside the method: ``, feature_weight=0 in 1.5 min``."""
+    settings = "".join(f", {name}={json.dumps(value)}" for name, value in cell["settings"].items())
+    return settings + (f" in {cell['minutes']:g} min" if cell["minutes"] else "")
+
+
+def tables(rows: dict[str, Row]) -> str:
+    """A table a protocol and network; a line for what differs by the seed alone."""
+    parts, seen = [], dict.fromkeys(NOTES, False)
+    ordered = sorted(rows.values(), key=lambda row: (*_table(row), *_line(row), row["cell"]["seed"]))
+    for (protocol, network), of_network in groupby(ordered, key=_table):
+        lines = [f"| {COLUMNS} |", "|" + "---|" * (COLUMNS.count("|") + 1)]
+        floats = set()
+        for _, group in groupby(of_network, key=_line):
+            cells = list(group)
+            floats |= {f"{100 * row['float']:.2f} on {row['images']}" for row in cells}
+            seen["real"] |= cells[0]["cell"]["method"] in CEILINGS
+            seen["pt2e"] |= cells[0]["cell"]["backend"] == "pt2e"
+            lines.append("| " + " | ".join(_figures(cells)) + " |")
+        seen["papers"] |= protocol == "papers"
+        title = f"**{network}**, {protocol} protocol; float: {' images, '.join(sorted(floats))} images"
+        parts += [title, "\n".join(lines)]
+    return "\n\n".join([*parts, *(text for name, text in NOTES.items() if seen[name])])
+
+
+def _table(row: Row) -> tuple[str, str]:
+    return row["cell"]["protocol"], row["cell"]["network"]
+
+
+def _line(row: Row) -> tuple[Any, ...]:
+    cell = row["cell"]
+    return cell["scheme"], cell["backend"], cell["method"], changes(cell), row["images"]
+
+
+def _figures(cells: Sequence[Row]) -> list[str]:
+    cell, top1 = cells[0]["cell"], [accuracy(row) for row in cells]
+    mean = statistics.mean(top1)
+
+    def known(name: str) -> list[Any]:
+        return [row[name] for row in cells if row.get(name) is not None]
+
+    agreements, errors, first, peaks = map(known, ("agreement", "logit_error", "first", "peak_mib"))
+    return [
+        cell["scheme"].upper(),
+        cell["backend"],
+        cell["method"] + (" (REAL images)" if cell["method"] in CEILINGS else "") + changes(cell),
+        str(len(cells)),
+        str(cells[0]["images"]),
+        f"{mean:.2f} ({', '.join(f'{value:.2f}' for value in top1)})",
+        f"{max(top1) - min(top1):.2f}" if len(top1) > 1 else "",
+        f"{100 * cells[0]['float'] - mean:.2f}",
+        f"{100 * min(agreements):.2f} %" if agreements else "",
+        f"{max(errors):.4f}" if errors else "",
+        f"{100 * statistics.mean(first):.2f}" if first else "",
+        f"{statistics.mean(known('seconds')):.0f}",
+        f"{max(peaks):.0f}" if peaks else "",
+        ", ".join(sorted({str(each) for each in known("threads")})),
+        ", ".join(sorted(set(known("commit")))),
+    ]
+
+
+def write(rows: dict[str, Row]) -> None:
+    """Writes the tables between their marks in docs/results.md."""
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    PAGE.write_text(f"{before}{MARKS[0]}{tables(rows)}\n{MARKS[1]}{after}", encoding="utf-8")
+
+
+def plot(rows: dict[str, Row], file: Path) -> bool:
+    """Top-1 against time, for what was run with several limits; False where nothing was."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    points: dict[str, dict[float, list[Row]]] = {}
+    for row in rows.values():
+        cell = row["cell"]
+        bits = cell["scheme"].upper()
+        name = f"{cell['network']} {bits}, {cell['backend']}, {cell['protocol']}: {cell['method']}"
+        limits = points.setdefault(name + changes({**cell, "minutes": None}), {})
+        limits.setdefault(cell["minutes"] or float("inf"), []).append(row)
+    curves = {name: limits for name, limits in sorted(points.items()) if len(limits) > 1}
+    if not curves:
+        return False
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for name, limits in curves.items():
+        spots = [
+            [
+                statistics.mean(each(row) for row in cells)
+                for each in (lambda row: row["seconds"] / 60, accuracy)
+            ]
+            for cells in limits.values()
+        ]
+        axes.plot(*zip(*sorted(spots), strict=True), marker="o", label=name)
+    axes.set(xlabel="minutes (prepare and calibrate)", ylabel="top-1, %", xscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    with mpl.rc_context({"svg.hashsalt": "adadfq"}):
+        figure.savefig(file, metadata={"Date": None})
+    return True
