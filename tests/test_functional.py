@@ -131,6 +131,21 @@ class TestTwins:
         images = rng.normal(size=(2, 3, 5, 4))
         assert functional.total_variation(t(images)).item() == approx(twins.total_variation(images))
 
+    def test_squared_norm(self, rng: np.random.Generator) -> None:
+        images = rng.normal(size=(2, 3, 5, 4))
+        assert functional.squared_norm(t(images)).item() == approx(twins.squared_norm(images))
+
+    def test_patch_similarity_entropy(self, rng: np.random.Generator) -> None:
+        tokens = rng.normal(size=(3, 7, 4))  # 21 pairs
+        ours = functional.patch_similarity_entropy(t(tokens)).numpy()
+        assert ours == approx(twins.patch_similarity_entropy(tokens, 0.05, 48))
+        ours = functional.patch_similarity_entropy(t(tokens), bandwidth=0.2, points=9, pairs=5).numpy()
+        assert ours == approx(twins.patch_similarity_entropy(tokens, 0.2, 9, every=5))
+
+    def test_head_similarity(self, rng: np.random.Generator) -> None:
+        attention = rng.dirichlet(np.ones(6), size=(2, 3, 5))
+        assert functional.head_similarity(t(attention)).numpy() == approx(twins.head_similarity(attention))
+
     def test_metrics(self, z_p: Array, z_q: Array, hard: npt.NDArray[np.int64]) -> None:
         z_q[:3] = z_p[:3] + 0.01
         assert functional.top1_accuracy(t(z_p), t(hard)) == twins.top1_accuracy(z_p, hard)
@@ -177,6 +192,23 @@ class TestByHand:
         image = torch.tensor([[[[0.0, 1.0, 3.0], [3.0, 4.0, 6.0]]]])
         assert functional.total_variation(image).item() == 3.0 + 1.5
 
+    def test_patches(self) -> None:
+        # One normal density at 1; or two that do not touch, of weights 2/3 and 1/3, at 0 and 1.
+        right, up = [1.0, 0.0], [0.0, 1.0]
+        triples = torch.tensor([[right, right, right], [right, up, up]], dtype=torch.float64)
+        alike, spread = functional.patch_similarity_entropy(triples, bandwidth=0.02, points=400).tolist()
+        normal = 0.5 * (1 + math.log(2 * math.pi)) + math.log(0.02)
+        assert alike == pytest.approx(normal, abs=1e-9)
+        mixture = -(2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3))
+        assert spread == pytest.approx(normal + mixture, abs=1e-9)
+
+    def test_heads(self) -> None:
+        same = torch.tensor([0.5, 0.5, 0.0, 0.0])
+        opposite = same.flip(0)
+        attention = torch.stack([same, opposite])[None, :, None]
+        # In units of even attention: means 1, variances 1, covariance -1.
+        assert functional.head_similarity(attention).item() == pytest.approx((-2 + 9e-4) / (2 + 9e-4))
+
     def test_metrics(self) -> None:
         logits = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 1.0], [0.0, 3.0]])
         assert functional.top1_accuracy(logits, torch.tensor([0, 1, 1, 1])) == 0.75
@@ -209,6 +241,12 @@ def gradient_cases() -> dict[str, tuple[Callable[..., Tensor], list[tuple[int, .
         "kl_divergence": (lambda a, b: functional.kl_divergence_loss(a, b, temperature=3.0), logits),
         "features": (lambda *x: functional.feature_loss(x[:2], x[2:]), [(2, 3), (4,)] * 2),
         "total_variation": (functional.total_variation, [(2, 2, 3, 4)]),
+        "squared_norm": (functional.squared_norm, [(2, 2, 3, 4)]),
+        "patch_similarity": (
+            lambda x: functional.patch_similarity_entropy(x, bandwidth=0.3),
+            [(2, 4, 3)],
+        ),
+        "head_similarity": (functional.head_similarity, [(2, 3, 2, 4)]),
     }
 
 
@@ -558,6 +596,29 @@ MISUSE: list[tuple[str, Callable[[], object], str]] = [
         "images_int",
         lambda: functional.total_variation(torch.zeros(1, 1, 4, 4).byte()),
         r"images must be float",
+    ),
+    ("norm_rank", lambda: functional.squared_norm(Z), r"images must have the shape \(N, C, H, W\)"),
+    ("tokens", lambda: functional.patch_similarity_entropy(Z), r"tokens must have the shape \(N, T, D\)"),
+    (
+        "token",
+        lambda: functional.patch_similarity_entropy(torch.zeros(2, 1, 3)),
+        r"tokens must have the shape \(N, T, D\) with T >= 2; got \(2, 1, 3\)",
+    ),
+    (
+        "bandwidth",
+        lambda: functional.patch_similarity_entropy(torch.zeros(2, 2, 3), bandwidth=0),
+        r"bandwidth must be finite and positive; got 0",
+    ),
+    (
+        "points",
+        lambda: functional.patch_similarity_entropy(torch.zeros(2, 2, 3), points=1),
+        r"points must be at least 2 and pairs at least 1; got 1 and 512",
+    ),
+    ("attention", lambda: functional.head_similarity(Z), r"attention must have the shape \(N, h, T, S\)"),
+    (
+        "one_head",
+        lambda: functional.head_similarity(torch.zeros(2, 1, 3, 3)),
+        r"attention must have the shape .* h >= 2; got \(2, 1, 3, 3\)",
     ),
     ("logits", lambda: functional.top1_accuracy(H, Y), r"logits must have the shape"),
     ("labels", lambda: functional.top1_accuracy(Z, Y[:2]), r"labels must be integers of shape \(4,\); got"),

@@ -118,3 +118,45 @@ def top1_agreement(a: Array, b: Array) -> float:
 def sqnr_db(reference: Array, approximation: Array) -> float:
     noise = reference - approximation
     return 10 * math.log10(float((reference**2).sum()) / float((noise**2).sum()))
+
+
+def squared_norm(images: Array) -> float:
+    return sum(float(pixel) ** 2 for pixel in images.flat) / images.size
+
+
+def patch_similarity_entropy(tokens: Array, bandwidth: float, points: int, every: int = 1) -> Array:
+    entropies = []
+    for image in tokens:
+        pairs = [(i, j) for i in range(len(image)) for j in range(i + 1, len(image))][::every]
+        similarities = [
+            float(np.dot(image[i], image[j]) / np.linalg.norm(image[i]) / np.linalg.norm(image[j]))
+            for i, j in pairs
+        ]
+        reach = 1 + 4 * bandwidth
+        step, integral = 2 * reach / (points - 1), 0.0
+        for index in range(points):
+            place = -reach + index * step
+            density = 0.0
+            for similarity in similarities:
+                z = (place - similarity) / bandwidth
+                density += math.exp(-z * z / 2) / math.sqrt(2 * math.pi) / bandwidth / len(similarities)
+            integral -= density * math.log(density) * step if density > 0 else 0.0
+        entropies.append(integral)
+    return np.array(entropies)
+
+
+def head_similarity(attention: Array) -> Array:
+    result = []
+    for heads in attention:
+        count, queries, keys = heads.shape
+        values = []
+        for a in range(count):
+            for b in range(a + 1, count):
+                for query in range(queries):
+                    x, y = heads[a, query] * keys, heads[b, query] * keys
+                    covariance = float(((x - x.mean()) * (y - y.mean())).mean())
+                    top = (2 * x.mean() * y.mean() + 0.01**2) * (2 * covariance + 0.03**2)
+                    bottom = (x.mean() ** 2 + y.mean() ** 2 + 0.01**2) * (x.var() + y.var() + 0.03**2)
+                    values.append(top / bottom)
+        result.append(sum(values) / len(values))
+    return np.array(result)
