@@ -116,6 +116,11 @@ class GeneratorSettings(Settings):
     second_class: Fraction = Field(
         0.5, description="largest share of a second class in what a refined image is to show"
     )
+    natural: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None,
+        description="share of noise with the spectrum of photographs in G's images; unset: 0.8 where no BatchNorm "
+        "tells their statistics, else 0",
+    )
     gamma: NonNegative = Field(10.0, description="weight of the BatchNorm-statistics loss")
     bn_units: Literal["relative", "absolute"] = Field(
         "relative", description="statistics in units of each channel's running deviation, or as in the paper"

@@ -11,15 +11,18 @@ held to the values that an image of 8-bit pixels can have.
 from __future__ import annotations
 
 import itertools
+import math
 
 import torch
 from torch import Tensor, nn
 
 from adadfq_plugin.teacher import Facts
 
-__all__ = ["Generator"]
+__all__ = ["Generator", "natural_noise"]
 
 SMALLEST_WIDTH = 16
+COLOUR = 0.9
+"""Correlation of the channels of natural noise; that of photographs is about as large."""
 
 
 def _start(side: int) -> tuple[int, int]:
@@ -117,3 +120,37 @@ class Generator(nn.Module):
         z = torch.randn(count, self.latent_dim, generator=rng)
         labels = torch.randint(self.num_classes, (count,), generator=rng)
         return z.to(device), labels.to(device)
+
+
+def natural_noise(facts: Facts, count: int, rng: torch.Generator) -> Tensor:
+    r"""Noise with the spectrum of photographs: amplitudes fall with the frequency.
+
+    .. math:: |\hat x(f)| \propto |\hat \varepsilon(f)| / f, \quad \varepsilon \sim N(0, I)
+
+    Colours are nearly alike, mean and deviation those of the network's normalised images.
+
+    Args:
+        facts: size of an image.
+        count: images N.
+        rng: source of randomness, on the CPU.
+
+    Returns:
+        images (N, channels, height, width) on the CPU, beyond the values of valid pixels here and there.
+
+    Source: Field, "Relations between the statistics of natural images and the response properties of cortical
+    cells", JOSA A, 1987.
+
+    Example:
+        >>> noise = natural_noise(Facts((3, 32, 32), num_classes=10), 64, torch.Generator().manual_seed(0))
+        >>> noise.shape, round(noise.std().item(), 2)
+        (torch.Size([64, 3, 32, 32]), 1.0)
+    """
+    channels, height, width = facts.input_size
+    white = torch.randn(count, channels, height, width, generator=rng)
+    own, shared = math.sqrt(1 - COLOUR), math.sqrt(COLOUR)
+    white = own * white + shared * torch.randn(count, 1, height, width, generator=rng)
+    down, across = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None]
+    frequency = (down.square() + across.square()).sqrt().clamp_min(1 / max(height, width))
+    noise = torch.fft.irfft2(torch.fft.rfft2(white) / frequency, s=(height, width))
+    scaled: Tensor = noise / noise.square().mean().sqrt()
+    return scaled

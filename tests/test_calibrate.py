@@ -266,7 +266,10 @@ def test_not_prepared_and_already_converted() -> None:
 def test_no_usable_prior() -> None:
     example = (torch.zeros(2, *models.SIZE),)
     folded = prepare_fx(models.trained(), get_default_qconfig_mapping("x86"), example)
-    bad({}, ModelError, "no BatchNorm.*teacher=", folded)
+    result = adadfq_plugin.calibrate(folded, settings=QUICK_G, **TOLD)
+    assert any("no BatchNorm" in note and "teacher=" in note for note in result.notes)
+    flat = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 5))
+    bad({}, ModelError, "no prior can be used.*bn_statistics.*patch_similarity", models.prepared(8, flat))
     fresh = models.prepared(8, models.Residual())
     bad({}, ModelError, "never trained", fresh)
 

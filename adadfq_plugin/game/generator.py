@@ -19,14 +19,16 @@ from adadfq_plugin.functional import (
 )
 from adadfq_plugin.game.pace import Pace
 from adadfq_plugin.game.pool import augment
-from adadfq_plugin.generators import Generator
-from adadfq_plugin.priors import choose_priors
+from adadfq_plugin.generators import Generator, natural_noise
+from adadfq_plugin.priors import BNStatistics, choose_priors
 from adadfq_plugin.teacher import Teacher
 
 __all__ = ["GeneratorPlayer"]
 
 LABEL = 0.2
 """Weight of the label in the loss of refined images; the statistics are what Q's training feels."""
+NATURAL = 0.8
+"""Default share of natural noise in G's images, where no BatchNorm tells the statistics of photographs."""
 PLAYING = 0.2
 """Learning rate at the end of the warm-up and during the game, as a share of the initial one."""
 
@@ -55,6 +57,8 @@ class GeneratorPlayer:
     ) -> None:
         self.teacher, self.settings, self.batch_size, self._rng = teacher, settings, batch_size, rng
         self.prior, self.notes = choose_priors(settings, teacher)
+        known = any(isinstance(prior, BNStatistics) for _, prior in self.prior.parts)
+        self.natural = settings.natural if settings.natural is not None else 0.0 if known else NATURAL
         self.generator = Generator(teacher.facts, settings.latent_dim, settings.generator_width).to(device)
         if teacher.channels_last:
             self.generator.to(memory_format=torch.channels_last)
@@ -72,7 +76,12 @@ class GeneratorPlayer:
     def make(self) -> tuple[Tensor, Tensor]:
         """A batch of images, with the graph that leads to G, and their labels."""
         z, labels = self.generator.sample(self.batch_size, self._rng)
-        return self.generator(z, labels), labels
+        images = self.generator(z, labels)
+        if self.natural:
+            noise = natural_noise(self.teacher.facts, self.batch_size, self._rng).to(images)
+            share = math.sqrt(1 - self.natural**2)  # the deviation stays 1
+            images = self.generator.clip(self.natural * noise + share * images)
+        return images, labels
 
     @torch.no_grad()
     def sample(self) -> tuple[Tensor, Tensor]:
