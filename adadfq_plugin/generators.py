@@ -23,6 +23,8 @@ __all__ = ["Generator", "natural_noise"]
 SMALLEST_WIDTH = 16
 COLOUR = 0.9
 """Correlation of the channels of natural noise; that of photographs is about as large."""
+SCENE = 2
+"""Side of the scene that natural noise is cut from, in images: a whole one would meet itself at its edges."""
 
 
 def _start(side: int) -> tuple[int, int]:
@@ -127,7 +129,8 @@ def natural_noise(facts: Facts, count: int, rng: torch.Generator) -> Tensor:
 
     .. math:: |\hat x(f)| \propto |\hat \varepsilon(f)| / f, \quad \varepsilon \sim N(0, I)
 
-    Colours are nearly alike, mean and deviation those of the network's normalised images.
+    Each image is cut from a larger scene, so that some are bright and some dark. Colours are nearly alike, mean and
+    deviation those of the network's normalised images.
 
     Args:
         facts: size of an image.
@@ -146,11 +149,12 @@ def natural_noise(facts: Facts, count: int, rng: torch.Generator) -> Tensor:
         (torch.Size([64, 3, 32, 32]), 1.0)
     """
     channels, height, width = facts.input_size
-    white = torch.randn(count, channels, height, width, generator=rng)
+    field = SCENE * height, SCENE * width
+    white = torch.randn(count, channels, *field, generator=rng)
     own, shared = math.sqrt(1 - COLOUR), math.sqrt(COLOUR)
-    white = own * white + shared * torch.randn(count, 1, height, width, generator=rng)
-    down, across = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None]
-    frequency = (down.square() + across.square()).sqrt().clamp_min(1 / max(height, width))
-    noise = torch.fft.irfft2(torch.fft.rfft2(white) / frequency, s=(height, width))
+    white = own * white + shared * torch.randn(count, 1, *field, generator=rng)
+    down, across = torch.fft.fftfreq(field[0])[:, None], torch.fft.rfftfreq(field[1])[None]
+    frequency = (down.square() + across.square()).sqrt().clamp_min(1 / max(field))
+    noise = torch.fft.irfft2(torch.fft.rfft2(white) / frequency, s=field)[..., :height, :width]
     scaled: Tensor = noise / noise.square().mean().sqrt()
     return scaled

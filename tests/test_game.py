@@ -17,7 +17,7 @@ from adadfq_plugin.contracts import Phase
 from adadfq_plugin.errors import ModelError
 from adadfq_plugin.game import GeneratorPlayer, Pace, ReplayPool, augment, make_plan, mixed
 from adadfq_plugin.game.quantized import QuantizedPlayer, in_pieces
-from adadfq_plugin.generators import Generator
+from adadfq_plugin.generators import Generator, natural_noise
 from adadfq_plugin.teacher import Facts, Teacher, find_facts, make_teacher, multiply_adds
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -52,6 +52,39 @@ def test_sampling_is_seeded_and_uniform() -> None:
     assert torch.equal(z, again)
     assert torch.bincount(labels, minlength=4).min() > 900
     assert abs(z.std().item() - 1) < 0.02
+
+
+def test_natural_noise_has_the_spectrum_and_the_colours_of_photographs() -> None:
+    facts = Facts((3, 64, 48), 7)
+    noise = natural_noise(facts, 512, torch.Generator().manual_seed(0))
+    assert noise.shape == (512, 3, 64, 48)
+    assert 0.08 < noise.mean((2, 3)).var() < 0.4  # between images
+    window = torch.hann_window(64)[:, None] * torch.hann_window(48)  # a piece of a scene has edges
+    power = torch.fft.rfft2(noise * window).abs().square().mean((0, 1))
+    for octave in (4, 8):  # amplitude 1 / f: the power falls by four from octave to octave
+        assert power[octave, 0] / power[2 * octave, 0] == pytest.approx(4, rel=0.3)
+    colours = torch.corrcoef(noise.movedim(1, 0).flatten(1))
+    assert colours[0, 1] == pytest.approx(0.9, abs=0.03)
+    again = natural_noise(facts, 512, torch.Generator().manual_seed(0))
+    assert torch.equal(noise, again)
+
+
+def test_images_lean_on_natural_noise_where_no_batch_norm_tells_their_statistics() -> None:
+    def player(model: nn.Module, natural: float | None) -> GeneratorPlayer:
+        settings = GeneratorSettings(latent_dim=8, generator_width=16, natural=natural)
+        rng = torch.Generator().manual_seed(0)
+        return GeneratorPlayer(models.teacher(model), settings, 64, rng, torch.device("cpu"))
+
+    bare = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    assert player(bare, None).natural == 0.8
+    assert player(bare, 0.0).natural == player(models.trained(), None).natural == 0.0
+    made = player(models.trained(), 0.6)
+    images, _ = made.make()
+    assert images.requires_grad
+    rng = torch.Generator().manual_seed(0)
+    own = made.generator(*made.generator.sample(64, rng))
+    noise = natural_noise(made.teacher.facts, 64, rng)
+    assert torch.allclose(images, made.generator.clip(0.6 * noise + 0.8 * own), atol=1e-6)
 
 
 @given(st.integers(1, 20), st.lists(st.integers(1, 9), min_size=1, max_size=8))
