@@ -125,13 +125,11 @@ class GeneratorSettings(Settings):
     bn_units: Literal["relative", "absolute"] = Field(
         "relative", description="statistics in units of each channel's running deviation, or as in the paper"
     )
-    patch_similarity: NonNegative | None = Field(
-        None,
-        description="weight of the entropy of the patches' similarities; unset: 1 where the network has attention, "
-        "normalises each image by itself or has no BatchNorm, else 0",
+    patch_similarity: NonNegative = Field(
+        0.0, description="weight of the entropy of the patches' similarities (PSAQ-ViT)"
     )
     head_similarity: NonNegative = Field(
-        0.0, description="weight of the similarity of what the heads of an attention look at"
+        0.0, description="weight of the similarity of what the heads of an attention look at (MimiQ)"
     )
     tv: NonNegative = Field(0.0, description="weight of the total variation of the images")
     image_norm: NonNegative = Field(0.0, description="weight of the mean squared pixel of the images")

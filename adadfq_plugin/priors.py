@@ -42,8 +42,8 @@ CONVOLUTIONS = ("conv2d",)
 LEAST_PATCHES = 4
 MOST_HEADS, MOST_QUERIES = 4, 16
 """Heads and queries that are compared: pairs of heads grow with the square, and neighbouring queries are alike."""
-PATCHES = 1.0
-"""Default weight of the patches' similarity, where a network has no BatchNorm or attention beside it."""
+PAIRS = 128
+"""Pairs of patches compared in an image: with 512 the prior took longer than the network."""
 
 
 class Prior(Protocol):
@@ -178,7 +178,9 @@ class PatchSimilarity:
 
             def loss() -> Tensor:
                 _, patches = self._patches(calls)
-                return -torch.stack([patch_similarity_entropy(each).mean() for each in patches]).mean()
+                return -torch.stack(
+                    [patch_similarity_entropy(each, pairs=PAIRS).mean() for each in patches]
+                ).mean()
 
             yield loss
 
@@ -275,7 +277,7 @@ class PriorSum:
     """Weighted sum of priors; they add up, they do not switch.
 
     Args:
-        parts: priors with their weights.
+        parts: priors with their weights; none where a network tells nothing, whose sum is 0.
     """
 
     name = "sum"
@@ -288,7 +290,7 @@ class PriorSum:
         """The sum over the most recent forward pass of ``model``."""
         with ExitStack() as stack:
             losses = [(weight, stack.enter_context(prior.watch(model))) for weight, prior in self.parts]
-            yield lambda: torch.stack([weight * part() for weight, part in losses]).sum()
+            yield lambda: sum((weight * part() for weight, part in losses), torch.zeros(()))
 
 
 def choose_priors(settings: GeneratorSettings, teacher: Teacher) -> tuple[PriorSum, list[str]]:
@@ -299,45 +301,36 @@ def choose_priors(settings: GeneratorSettings, teacher: Teacher) -> tuple[PriorS
         teacher: the network and what is known of its images.
 
     Raises:
-        ModelError: the network was never trained, or nothing can be read from it about its images.
-        SettingsError: no prior that knows the images was asked for.
+        ModelError: the network was never trained, or a prior that was asked for can't be used.
+        SettingsError: the network's statistics were left out and nothing takes their place.
     """
     model = teacher.model
     like: Any = next(iter((*model.parameters(), *model.buffers())), torch.zeros(()))
     images = torch.randn(2, *teacher.facts.input_size, generator=torch.Generator().manual_seed(0)).to(
         like.device
     )
-    statistics, patches = BNStatistics(settings.bn_units == "relative"), PatchSimilarity()
-    if settings.gamma > 0 and batch_norms(model) and (why := statistics.reason(model, images)):
-        raise ModelError(
-            f"prior {statistics.name!r} can't be used: {why}; load trained weights, or use method 'noise'"
-        )
-    weight = settings.patch_similarity
-    if weight is None:
-        convolutional = bool(batch_norms(model)) and patches.kind(model, images) in (None, CONVOLUTIONS)
-        weight = 0.0 if convolutional else PATCHES
-    learned: list[tuple[float, Prior]] = [
+    statistics = BNStatistics(settings.bn_units == "relative")
+    parts: list[tuple[float, Prior]] = [
         (settings.gamma, statistics),
-        (weight, patches),
+        (settings.patch_similarity, PatchSimilarity()),
         (settings.head_similarity, HeadSimilarity()),
+        (settings.tv, TotalVariation()),
+        (settings.image_norm, ImageNorm()),
     ]
-    wanted = [(weight, prior) for weight, prior in learned if weight > 0]
-    if not wanted:
+    notes = []
+    if not batch_norms(model):
+        notes.append(f"prior {statistics.name} is left out: {statistics.reason(model, images)}")
+        parts = parts[1:]
+    elif settings.gamma == settings.patch_similarity == settings.head_similarity == 0:
         raise SettingsError(
             "gamma = 0 leaves no prior that knows the training images; give gamma, patch_similarity or "
             "head_similarity a positive weight, or use method 'noise'"
         )
-    refused = {prior.name: why for _, prior in wanted if (why := prior.reason(model, images)) is not None}
-    usable = [(weight, prior) for weight, prior in wanted if prior.name not in refused]
-    if not usable:
-        raise ModelError(
-            f"no prior can be used: {'; '.join(f'{name}: {why}' for name, why in refused.items())}; use method "
-            "'noise'"
-        )
-    notes = [f"prior {prior.name} has weight {weight:g}" for weight, prior in usable]
-    notes += [f"prior {name} is left out: {why}" for name, why in refused.items()]
-    of_input: list[tuple[float, Prior]] = [
-        (settings.tv, TotalVariation()),
-        (settings.image_norm, ImageNorm()),
-    ]
-    return PriorSum([*usable, *((weight, prior) for weight, prior in of_input if weight > 0)]), notes
+    parts = [(weight, prior) for weight, prior in parts if weight > 0]
+    for weight, prior in parts:
+        if (why := prior.reason(model, images)) is not None:
+            raise ModelError(
+                f"prior {prior.name!r} can't be used: {why}; leave it out, or use method 'noise'"
+            )
+        notes.append(f"prior {prior.name} has weight {weight:g}")
+    return PriorSum(parts), notes

@@ -269,7 +269,8 @@ def test_no_usable_prior() -> None:
     result = adadfq_plugin.calibrate(folded, settings=QUICK_G, **TOLD)
     assert any("no BatchNorm" in note and "teacher=" in note for note in result.notes)
     flat = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 5))
-    bad({}, ModelError, "no prior can be used.*bn_statistics.*patch_similarity", models.prepared(8, flat))
+    told = {"settings": {"patch_similarity": 1.0}}
+    bad(told, ModelError, "'patch_similarity' can't be used", models.prepared(8, flat))
     fresh = models.prepared(8, models.Residual())
     bad({}, ModelError, "never trained", fresh)
 

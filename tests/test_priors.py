@@ -131,17 +131,19 @@ def test_patches_are_what_attention_returns_else_norms_else_convolutions() -> No
         kept.append(
             F.scaled_dot_product_attention(q, k, v, attn_mask=attention.bias).transpose(1, 2).flatten(2)
         )
-    assert torch.allclose(loss, -patch_similarity_entropy(kept[0]).mean())
+    assert torch.allclose(loss, -patch_similarity_entropy(kept[0], pairs=128).mean())
     unfused = Transformer(fused=False)
     with torch.no_grad():
         tokens = unfused.norm(unfused.patch(batch).flatten(2).transpose(1, 2))
     assert torch.allclose(
-        value(PatchSimilarity(), unfused, batch)[0], -patch_similarity_entropy(tokens).mean()
+        value(PatchSimilarity(), unfused, batch)[0], -patch_similarity_entropy(tokens, pairs=128).mean()
     )
     bare = Transformer(fused=False, norm=False)
     with torch.no_grad():
         tokens = bare.patch(batch).flatten(2).transpose(1, 2)
-    assert torch.allclose(value(PatchSimilarity(), bare, batch)[0], -patch_similarity_entropy(tokens).mean())
+    assert torch.allclose(
+        value(PatchSimilarity(), bare, batch)[0], -patch_similarity_entropy(tokens, pairs=128).mean()
+    )
     for each in (attention, unfused, bare):
         assert PatchSimilarity().reason(each, images) is None
 
@@ -179,33 +181,37 @@ def chosen(model: nn.Module, **settings: Any) -> tuple[dict[str, float], list[st
 
 
 def test_a_network_gets_the_priors_it_admits() -> None:
-    assert chosen(models.trained())[0] == {"bn_statistics": 10.0}
-    weights, notes = chosen(Transformer(), tv=0.5, image_norm=0.25)
-    assert weights == {"patch_similarity": 1.0, "total_variation": 0.5, "image_norm": 0.25}
-    assert any(
-        note.startswith("prior bn_statistics is left out: the network has no BatchNorm") for note in notes
-    )
-    assert "prior patch_similarity has weight 1" in notes
+    assert chosen(models.trained()) == ({"bn_statistics": 10.0}, ["prior bn_statistics has weight 10"])
+    weights, notes = chosen(Transformer())
+    assert weights == {}
+    assert [note.partition(" (")[0] for note in notes] == [
+        "prior bn_statistics is left out: the network has no BatchNorm layer that keeps running statistics"
+    ]
+    weights, notes = chosen(Transformer(), patch_similarity=0.1, tv=0.5, image_norm=0.25)
+    assert weights == {"patch_similarity": 0.1, "total_variation": 0.5, "image_norm": 0.25}
+    assert "prior patch_similarity has weight 0.1" in notes
     mixed = nn.Sequential(models.trained().conv1, models.trained().bn1, nn.Conv2d(8, 3, 1), Transformer())
-    assert chosen(mixed, head_similarity=2.0)[0] == {
-        "bn_statistics": 10.0,
-        "patch_similarity": 1.0,
-        "head_similarity": 2.0,
-    }
+    assert chosen(mixed, head_similarity=2.0)[0] == {"bn_statistics": 10.0, "head_similarity": 2.0}
     assert chosen(models.trained(), gamma=0.0, patch_similarity=3.0)[0] == {"patch_similarity": 3.0}
 
 
-def test_no_prior_is_an_error_with_the_reason() -> None:
+def test_what_cannot_be_used_is_an_error_with_the_reason() -> None:
     linear = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 5))
-    with pytest.raises(
-        ModelError, match=r"no prior can be used: bn_statistics: .*; patch_similarity: .*'noise'"
-    ):
-        chosen(linear)
+    assert chosen(linear)[0] == {}
+    with pytest.raises(ModelError, match=r"'patch_similarity' can't be used: .*no attention.*'noise'"):
+        chosen(linear, patch_similarity=1.0)
+    with pytest.raises(ModelError, match=r"'head_similarity' can't be used: .*several heads"):
+        chosen(Transformer(heads=1), head_similarity=1.0)
     with pytest.raises(SettingsError, match="gamma = 0 leaves no prior"):
         chosen(models.trained(), gamma=0.0)
     untrained = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(1568, 5)).eval()
     with pytest.raises(ModelError, match="never trained"):
         chosen(untrained)
+
+
+def test_a_sum_of_no_priors_is_zero() -> None:
+    with PriorSum([]).watch(models.trained()) as loss:
+        assert loss() == 0.0
 
 
 def test_image_norm_is_of_the_input() -> None:

@@ -451,8 +451,10 @@ def test_refusals_name_the_culprit() -> None:
         prepare_qat_pt2e(exported(plain()), Nothing(None, None)), "quantizes nothing: its Quantizer annot"
     )
     refused(exported(plain()), "exported, but not prepared: call prepare_qat_pt2e")
-    flat = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 5))
-    refused(prepare_qat_pt2e(exported(flat), SchemeQuantizer(Scheme())), "no prior can be used")
+    flat = prepare_qat_pt2e(
+        exported(nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 5))), SchemeQuantizer(Scheme())
+    )
+    refused(flat, "'head_similarity' can't be used", settings={"head_similarity": 1.0})
 
     class Noisy(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
