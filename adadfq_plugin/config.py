@@ -118,7 +118,7 @@ class GeneratorSettings(Settings):
     )
     natural: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         None,
-        description="share of noise with the spectrum of photographs in G's images; unset: 0.8 where no BatchNorm "
+        description="share of noise with the spectrum of photographs in G's images; unset: 0.95 where no BatchNorm "
         "tells their statistics, else 0",
     )
     gamma: NonNegative = Field(10.0, description="weight of the BatchNorm-statistics loss")

@@ -55,7 +55,7 @@ class Prior(Protocol):
         """Why this prior can't be used for a network and images of its size; None if it can."""
 
     def watch(self, model: nn.Module) -> AbstractContextManager[Callable[[], Tensor]]:
-        """The loss over the most recent forward pass of ``model``, for the length of the ``with``."""
+        """The loss over the most recent forward pass of ``model``, once for each; for the length of the ``with``."""
 
 
 def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
@@ -119,6 +119,7 @@ class BNStatistics:
                     variances.append(variance)
                     running_means.append(expected)
                     running_variances.append(spread)
+                seen.clear()  # they are as large as the network's graph
                 return bn_statistics_loss(means, variances, running_means, running_variances)
 
             yield loss
@@ -178,6 +179,7 @@ class PatchSimilarity:
 
             def loss() -> Tensor:
                 _, patches = self._patches(calls)
+                calls.clear()
                 return -torch.stack(
                     [patch_similarity_entropy(each, pairs=PAIRS).mean() for each in patches]
                 ).mean()
@@ -239,7 +241,13 @@ class HeadSimilarity:
     def watch(self, model: nn.Module) -> Iterator[Callable[[], Tensor]]:
         """The loss over the most recent forward pass of ``model``."""
         with self._calls(model) as calls:
-            yield lambda: -torch.stack(self._similarities(calls)).mean()
+
+            def loss() -> Tensor:
+                similarities = self._similarities(calls)
+                calls.clear()
+                return -torch.stack(similarities).mean()
+
+            yield loss
 
 
 class _OfInput:
@@ -256,7 +264,7 @@ class _OfInput:
     def watch(self, model: nn.Module) -> Iterator[Callable[[], Tensor]]:
         """The loss over the most recent forward pass of ``model``."""
         with capture_inputs({"input": model}) as seen:
-            yield lambda: type(self).loss(seen["input"])
+            yield lambda: type(self).loss(seen.pop("input"))
 
 
 class TotalVariation(_OfInput):

@@ -76,7 +76,7 @@ def test_images_lean_on_natural_noise_where_no_batch_norm_tells_their_statistics
         return GeneratorPlayer(models.teacher(model), settings, 64, rng, torch.device("cpu"))
 
     bare = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
-    assert player(bare, None).natural == 0.8
+    assert player(bare, None).natural == 0.95
     assert player(bare, 0.0).natural == player(models.trained(), None).natural == 0.0
     made = player(models.trained(), 0.6)
     images, _ = made.make()
@@ -282,9 +282,29 @@ def test_activations_are_part_of_the_loss(own: bool) -> None:
         )
         assert abs((loss - plain.loss(z_p, z_q)).item() - 3 * expected / len(of_p)) < 1e-4 * expected
         for _ in range(20):
-            again = learner.loss(learner.answers(batch), opened.module(batch))
-            learner.step(again)
+            again = learner.learn(batch)
     assert again < 0.99 * loss
+
+
+def test_a_batch_in_pieces_teaches_the_same() -> None:
+    def taught(size: int | None) -> tuple[float, list[torch.Tensor]]:
+        opened = FXPrepared(models.prepared(4))
+        with torch.no_grad(), opened.phase(Phase.OBSERVE):
+            opened.module(batch)
+        opened.set_ranges("mse")
+        settings = Settings(optimizer="sgd", learning_rate=0.1, feature_weight=0.0)
+        pace = Pace(1)
+        learner = QuantizedPlayer(opened, models.teacher(), settings, pace)
+        with learner.learning():
+            (loss,) = [learner.learn(batch, size) for _ in pace]
+        return loss, list(opened.weights())
+
+    batch = models.images(7)
+    (whole, expected), (pieces, found) = taught(None), taught(3)
+    assert pieces == pytest.approx(whole, rel=1e-4)
+    for a, b, start in zip(expected, found, FXPrepared(models.prepared(4)).weights(), strict=True):
+        assert not torch.equal(a, start)
+        assert torch.allclose(a - start, b - start, rtol=1e-2, atol=1e-5)
 
 
 def test_facts_by_trial() -> None:

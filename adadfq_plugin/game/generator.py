@@ -27,7 +27,7 @@ __all__ = ["GeneratorPlayer"]
 
 LABEL = 0.2
 """Weight of the label in the loss of refined images; the statistics are what Q's training feels."""
-NATURAL = 0.8
+NATURAL = 0.95
 """Default share of natural noise in G's images, where no BatchNorm tells the statistics of photographs."""
 PLAYING = 0.2
 """Learning rate at the end of the warm-up and during the game, as a share of the initial one."""

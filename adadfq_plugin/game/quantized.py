@@ -136,9 +136,24 @@ class QuantizedPlayer:
         features = feature_loss([self._of_p[name] for name in names], [self._of_q[name] for name in names])
         return loss + self.feature_weight * features
 
-    def step(self, loss: Tensor) -> None:
-        """One update from a loss whose graph leads to Q."""
-        self.update(torch.autograd.grad(loss, self.parameters, allow_unused=True))
+    def learn(self, images: Tensor, size: int | None = None) -> float:
+        """One update from a batch of images; the loss on it.
+
+        Args:
+            images: (N, C, H, W).
+            size: images whose graph is kept at a time; None: all. Graphs of large images are what fills the memory.
+        """
+        total, gradients = 0.0, [torch.zeros_like(each) for each in self.parameters]
+        for piece in images.split(size or len(images)):
+            z_p = self.answers(piece)
+            loss = self.loss(z_p, self.prepared.module(piece)) * (len(piece) / len(images))
+            found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+            for gradient, more in zip(gradients, found, strict=True):
+                if more is not None:
+                    gradient.add_(more)
+            total += loss.item()
+        self.update(gradients)
+        return total
 
     def update(self, gradients: Sequence[Tensor | None]) -> None:
         """One update from gradients in the order of ``parameters``; none from gradients that are not finite.

@@ -21,6 +21,9 @@ from adadfq_plugin.history import History
 
 __all__ = ["Run"]
 
+PIECE = 8
+"""Large images of which Q's graph is kept at a time; a quarter of them beside P's."""
+
 
 class Run:
     """The phases that methods are made of; figures and times are kept along the way.
@@ -137,7 +140,7 @@ class Run:
         images, labels = player.make()
         quantized: Callable[[Tensor], Tensor] = self.task.prepared.module
         if settings.replay and self.task.teacher.facts.large:
-            quantized = partial(in_pieces, quantized)
+            quantized = partial(in_pieces, quantized, size=PIECE // 4)
         z_p, z_q = self.task.teacher(images), quantized(images)
         for_g, figures = player.play(prior, z_p, z_q, labels, keep_graph=not settings.replay)
         if settings.replay:
@@ -163,10 +166,7 @@ class Run:
         else:
             images, _ = self.pool.draw(self.plan.batch_size)
         images = mixed(self._shown(images), settings.mixup, self.rng)
-        z_p = learner.answers(images)
-        loss = learner.loss(z_p, self.task.prepared.module(images))
-        learner.step(loss)
-        return {"loss": loss.item()}
+        return {"loss": learner.learn(images, PIECE if self.task.teacher.facts.large else None)}
 
     def outcome(self, method: str) -> Outcome:
         """What the run leaves behind: as many samples as were asked for, the newest of the pool."""
