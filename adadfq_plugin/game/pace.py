@@ -20,6 +20,8 @@ CHEAP = 4e9
 """Multiply-adds of a batch's forward pass up to which a step counts as cheap."""
 REFINE = {2: 60, 3: 60, 4: 60, 5: 50, 6: 40, 7: 30, 8: 30}
 """Steps of each kept batch of images themselves."""
+LARGE_BATCH = 12
+"""Large images in a step of the generator: P's graph of 16 and G's took EfficientNet-Lite0 beyond 3 GiB."""
 LEAST_STEPS, LEAST_WARMUP = 60, 40
 SHARE = {"warmup": 0.15, "samples": 0.35, "game": 0.45}
 """What the phases take of the user's minutes, in proportion: those that don't run leave theirs to the others."""
@@ -79,7 +81,7 @@ def make_plan(settings: Settings, teacher: Teacher, bits: int, minutes: float | 
     slow = max(1.0, batch * teacher.macs / CHEAP)
     statistics = bool(batch_norms(teacher.model))  # without, images start from natural noise
     if isinstance(settings, GeneratorSettings):
-        generator_batch = settings.generator_batch_size or batch
+        generator_batch = settings.generator_batch_size or (batch if small else min(batch, LARGE_BATCH))
         warmup = settings.warmup_steps if settings.warmup_steps is not None else WARMUP[bits]
         if settings.warmup_steps is None:
             warmup = max(LEAST_WARMUP, round(warmup / slow / (1 if statistics else 4)))
