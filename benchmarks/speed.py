@@ -1,0 +1,109 @@
+"""What a converted network gains in time: float and converted, eager and compiled, side by side in one run.
+
+    python benchmarks/speed.py --backends fx pt2e
+
+Each backend quantizes the network without data, at the method's default settings; then the variants take turns, image
+by image and batch by batch, in one process. The accuracy of each is measured on the rulers' images, where they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import rulers
+import torch
+from torch import nn
+
+import adadfq_plugin
+from adadfq_plugin.report.facts import measure_latency
+
+
+def variants(
+    network: str, backends: list[str], scheme: adadfq_plugin.Scheme, **run: Any
+) -> dict[str, nn.Module]:
+    """The float network and what each backend makes of it."""
+    from adadfq_plugin.backends.fx import best_engine
+
+    model, facts = rulers.load(network)
+    torch.backends.quantized.engine = best_engine()
+    made: dict[str, nn.Module] = {"float, eager": model, "float, compiled": _Compiled(model)}
+    for backend in backends:
+        result = adadfq_plugin.quantize(model, scheme=scheme, backend=backend, **run, **facts)
+        assert result.quantized is not None
+        made[f"{backend}, eager"] = result.quantized
+        if backend == "pt2e":
+            from adadfq_plugin.backends.pt2e import compiled
+
+            made[f"{backend}, compiled"] = compiled(result.quantized)
+        else:
+            example = torch.zeros(1, *facts["input_size"])
+            made[f"{backend}, TorchScript"] = torch.jit.freeze(
+                torch.jit.trace(result.quantized.eval(), example)
+            )
+    return made
+
+
+class _Compiled(nn.Module):
+    """The float network as Inductor compiles it, frozen as the converted one is."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._run: Any = torch.compile(model)
+
+    def forward(self, images: torch.Tensor) -> Any:
+        with torch.no_grad(), torch._inductor.config.patch(freezing=True):
+            return self._run(images)
+
+
+def top1(network: nn.Module, images: torch.Tensor, labels: torch.Tensor, batch: int = 50) -> float:
+    """Share of images whose largest logit is at the label."""
+    with torch.no_grad():
+        found = torch.cat([network(each).argmax(1) for each in images.split(batch)])
+    return (found == labels).float().mean().item()
+
+
+def main() -> None:
+    """Quantizes, measures and prints a table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--network", default="tf_efficientnet_lite0", choices=rulers.NETWORKS)
+    parser.add_argument("--backends", nargs="+", default=["fx", "pt2e"], choices=["fx", "pt2e"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])
+    parser.add_argument("--bits", type=int, default=8)
+    parser.add_argument("--minutes", type=float, default=None, help="time limit of each calibration")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    scheme = adadfq_plugin.Scheme(weight_bits=options.bits, activation_bits=options.bits)
+    made = variants(options.network, options.backends, scheme, seed=options.seed, minutes=options.minutes)
+    accuracy: dict[str, str] = {}
+    if rulers.ASSETS.is_dir():
+        images, labels = rulers.images(options.network)
+        accuracy = {name: f"{100 * top1(each, images, labels):.2f}" for name, each in made.items()}
+    _, facts = rulers.load(options.network)
+    columns: dict[int, Mapping[str, float]] = {}
+    for batch in options.batches:
+        example = torch.randn(batch, *facts["input_size"], generator=torch.Generator().manual_seed(0))
+        columns[batch] = measure_latency(made, example, seconds=60.0).milliseconds
+    threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
+    machine = f"torch {torch.__version__}, {platform.machine()}, VNNI {torch.cpu._is_vnni_supported()}"
+    print(f"{options.network}, W{options.bits}A{options.bits}, seed {options.seed}; {threads}; {machine}")
+    print()
+    heads = [f"ms an image, batch {batch} | against float, eager" for batch in options.batches]
+    print("| variant | top-1 | " + " | ".join(heads) + " |")
+    print("|---|---|" + "---|---|" * len(heads))
+    for name in made:
+        cells = [accuracy.get(name, "")]
+        for batch, times in columns.items():
+            cells += [f"{times[name] / batch:.2f}", f"{times['float, eager'] / times[name]:.2f}"]
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()
