@@ -60,10 +60,11 @@ class _Compiled(nn.Module):
             return self._run(images)
 
 
-def top1(network: nn.Module, images: torch.Tensor, labels: torch.Tensor, batch: int = 50) -> float:
-    """Share of images whose largest logit is at the label."""
+def top1(network: nn.Module, images: torch.Tensor, labels: torch.Tensor, batch: int) -> float:
+    """Share of images whose largest logit is at the label; batches are filled up, for each size is compiled anew."""
+    filled = torch.cat([images, images[: -len(images) % batch]])
     with torch.no_grad():
-        found = torch.cat([network(each).argmax(1) for each in images.split(batch)])
+        found = torch.cat([network(each).argmax(1) for each in filled.split(batch)])[: len(labels)]
     return (found == labels).float().mean().item()
 
 
@@ -85,7 +86,10 @@ def main() -> None:
     accuracy: dict[str, str] = {}
     if rulers.ASSETS.is_dir():
         images, labels = rulers.images(options.network)
-        accuracy = {name: f"{100 * top1(each, images, labels):.2f}" for name, each in made.items()}
+        accuracy = {
+            name: f"{100 * top1(each, images, labels, max(options.batches)):.2f}"
+            for name, each in made.items()
+        }
     _, facts = rulers.load(options.network)
     columns: dict[int, Mapping[str, float]] = {}
     for batch in options.batches:
