@@ -21,9 +21,7 @@ __all__ = [
     "capture_inputs",
     "capture_outputs",
     "fork_rng",
-    "frozen",
     "module_modes",
-    "temporary_attributes",
 ]
 
 
@@ -220,37 +218,6 @@ def module_modes(module: nn.Module, training: bool) -> Iterator[None]:
 
 
 @contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """Compute no gradient for any parameter of a module; give each its own flag back afterwards.
-
-    Gradients still flow through the module to its input. ``.grad`` of the parameters stays as it is.
-
-    Args:
-        module: The module whose parameters get ``requires_grad = False``.
-
-    Yields:
-        Nothing.
-
-    Example:
-        >>> import torch
-        >>> layer = torch.nn.Linear(2, 1, device="meta")
-        >>> with frozen(layer):
-        ...     [p.requires_grad for p in layer.parameters()]
-        [False, False]
-        >>> [p.requires_grad for p in layer.parameters()]
-        [True, True]
-    """
-    flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
-    try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-
-
-@contextmanager
 def fork_rng(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
     """Draw from freshly seeded global generators; leave the caller's random streams as if nothing was drawn.
 
@@ -301,44 +268,3 @@ def fork_rng(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
             generator.set_state(state)
         random.setstate(random_state)
         np.random.set_state(numpy_state)
-
-
-@contextmanager
-def temporary_attributes(obj: object, **values: object) -> Iterator[None]:
-    """Set attributes of any object for the length of a block.
-
-    An attribute that the object did not have, or had only from its class, is deleted again afterwards.
-
-    Args:
-        obj: An instance, a class or a module.
-        **values: The attributes and their temporary values.
-
-    Yields:
-        Nothing.
-
-    Example:
-        >>> import types
-        >>> settings = types.SimpleNamespace(level=1)
-        >>> with temporary_attributes(settings, level=2, extra="x"):
-        ...     settings
-        namespace(level=2, extra='x')
-        >>> settings
-        namespace(level=1)
-    """
-    with ExitStack() as undo:
-        for name, value in values.items():
-            own = getattr(obj, "__dict__", {})
-            if name in own:
-                # The raw entry, since getattr would strip a staticmethod or a descriptor of its wrapper.
-                present, old = True, own[name]
-            else:
-                inherited = getattr(type(obj), name, None)
-                delegated = hasattr(inherited, "__set__") or not hasattr(type(obj), name)
-                present = delegated and hasattr(obj, name)
-                old = getattr(obj, name) if present else None
-            setattr(obj, name, value)
-            if present:
-                undo.callback(setattr, obj, name, old)
-            else:
-                undo.callback(delattr, obj, name)
-        yield

@@ -6,7 +6,6 @@ import os
 import random
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from adadfq_plugin.hooks import (
+    capture_calls,
     capture_inputs,
     capture_outputs,
     fork_rng,
-    frozen,
     module_modes,
-    temporary_attributes,
 )
 
 
@@ -135,6 +133,57 @@ class TestCaptureOutputs:
         assert not model._forward_hooks
 
 
+@pytest.mark.usefixtures("seeded")
+class TestCaptureCalls:
+    @pytest.fixture
+    def model(self) -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Flatten(2), nn.LayerNorm(4))
+
+    def test_calls_of_the_latest_pass_in_their_order(self, model: nn.Sequential) -> None:
+        first, second = torch.randn(2, 3, 4, 4), torch.randn(5, 3, 4, 4, requires_grad=True)
+        with capture_calls(model, {"layer_norm", "group_norm"}) as calls:
+            model(first)
+            output = model(second)
+            torch.layer_norm(first, [4])  # beside the model
+            assert [call.name for call in calls] == ["group_norm", "layer_norm"]
+            assert calls[1].output is output
+            assert calls[0].argument(1, "num_groups") == 2
+            assert calls[0].argument(9, "missing", 7) == 7
+            (gradient,) = torch.autograd.grad(calls[0].output.sum(), second)
+        assert gradient.shape == second.shape
+        model(first)
+        assert calls[1].output is output  # not watched any more
+        assert not model._forward_pre_hooks
+        assert not model._forward_hooks
+
+    def test_keyword_arguments(self) -> None:
+        class Keyword(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return torch.softmax(x, dim=1)
+
+        with capture_calls(Keyword(), {"softmax"}) as calls:
+            pass
+        assert calls == []
+        network = Keyword()
+        with capture_calls(network, {"softmax"}) as calls:
+            network(torch.randn(2, 3))
+        assert calls[0].argument(1, "dim") == 1
+
+    def test_a_pass_that_fails_leaves_nothing_behind(self, model: nn.Sequential) -> None:
+        with capture_calls(model, {"layer_norm"}) as calls:
+            with pytest.raises(RuntimeError):
+                model(torch.randn(2, 4, 4, 4))
+            torch.layer_norm(torch.randn(2, 4), [4])
+            assert calls == []
+        assert torch.overrides._get_current_function_mode() is None
+
+    def test_nested(self, model: nn.Sequential) -> None:
+        with capture_calls(model, {"layer_norm"}) as outer, capture_calls(model[3], {"layer_norm"}) as inner:
+            model(torch.randn(2, 3, 4, 4))
+        assert len(outer) == len(inner) == 1
+        assert outer[0].output is inner[0].output
+
+
 class KeepsItsDropoutOff(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -208,43 +257,6 @@ class TestModuleModes:
         with module_modes(graph, True), module_modes(graph, False):
             assert flags(graph) == before
         assert flags(graph) == before
-
-
-def gradient_flags(module: nn.Module) -> list[bool]:
-    return [parameter.requires_grad for parameter in module.parameters()]
-
-
-@pytest.mark.usefixtures("seeded")
-class TestFrozen:
-    def test_inside_and_after(self) -> None:
-        model = net()
-        model.bn.requires_grad_(False)
-        before = gradient_flags(model)
-        model(images()).sum().backward()
-        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-        copies = {name: None if g is None else g.clone() for name, g in gradients.items()}
-        x = images().requires_grad_()
-        with frozen(model):
-            assert gradient_flags(model) == [False] * 4
-            model(x).square().sum().backward()
-        assert x.grad is not None
-        assert gradient_flags(model) == before == [True, True, False, False]
-        for name, parameter in model.named_parameters():
-            assert parameter.grad is gradients[name]
-            copy = copies[name]
-            assert parameter.grad is None or (copy is not None and torch.equal(parameter.grad, copy))
-        assert copies["conv.weight"] is not None
-
-    def test_exception_and_nested(self) -> None:
-        model = net()
-        with pytest.raises(StopTestError), frozen(model), frozen(model.conv):
-            raise StopTestError
-        assert gradient_flags(model) == [True] * 4
-        with frozen(model):
-            with frozen(model.conv):
-                assert gradient_flags(model) == [False] * 4
-            assert gradient_flags(model) == [False] * 4
-        assert gradient_flags(model) == [True] * 4
 
 
 def draw() -> tuple[float, float, float]:
@@ -329,86 +341,6 @@ class TestForkRng:
                 drawn.append(torch.rand(3, device="cuda"))
         assert torch.equal(*drawn)
         assert torch.equal(torch.cuda.get_rng_state(), before)
-
-
-class Slotted:
-    __slots__ = ("empty", "full")
-    empty: int
-    full: int
-
-    def __init__(self) -> None:
-        self.full = 1
-
-
-class Plain:
-    shared = 1
-
-    def __init__(self) -> None:
-        self.own = 2
-
-    @staticmethod
-    def helper() -> int:
-        return 3
-
-
-class TestTemporaryAttributes:
-    def test_own_inherited_and_new(self) -> None:
-        plain = Plain()
-        with temporary_attributes(plain, own=20, shared=10, new=30):
-            assert vars(plain) == {"own": 20, "shared": 10, "new": 30}
-        assert vars(plain) == {"own": 2}
-        assert plain.shared == 1
-
-    def test_exception_and_nested(self) -> None:
-        plain = Plain()
-        with temporary_attributes(plain, own=20, new=0):
-            with pytest.raises(StopTestError), temporary_attributes(plain, own=200, new=1):
-                raise StopTestError
-            assert vars(plain) == {"own": 20, "new": 0}
-        assert vars(plain) == {"own": 2}
-
-    def test_failure_half_way_is_undone(self) -> None:
-        slotted = Slotted()
-        with pytest.raises(AttributeError):
-            temporary_attributes(slotted, full=2, missing=3).__enter__()
-        assert slotted.full == 1
-
-    def test_slots(self) -> None:
-        slotted = Slotted()
-        with temporary_attributes(slotted, full=2, empty=3):
-            assert (slotted.full, slotted.empty) == (2, 3)
-        assert slotted.full == 1
-        assert not hasattr(slotted, "empty")
-
-    def test_class_and_module(self) -> None:
-        with temporary_attributes(Plain, helper=staticmethod(lambda: 4), shared=5):
-            assert (Plain().helper(), Plain.shared) == (4, 5)
-        assert (Plain().helper(), Plain.shared) == (3, 1)
-        assert isinstance(vars(Plain)["helper"], staticmethod)
-        module = types.ModuleType("m")
-        with temporary_attributes(module, x=1):
-            assert vars(module)["x"] == 1
-        assert not hasattr(module, "x")
-
-    def test_parameter_buffer_and_child_of_a_module(self) -> None:
-        model = net()
-        parameters, buffers, children = (
-            [(name, id(value)) for name, value in named]
-            for named in (model.named_parameters(), model.named_buffers(), model.named_children())
-        )
-        with (
-            temporary_attributes(model, act=nn.Identity()),
-            temporary_attributes(model.bn, weight=None, running_mean=torch.ones(4), eps=0.5),
-        ):
-            assert isinstance(model.act, nn.Identity)
-            assert model.bn._parameters["weight"] is None
-            assert model.bn.eps == 0.5
-            assert model.bn.running_mean is not None
-            assert model.bn.running_mean.tolist() == [1.0] * 4
-        assert model.bn.eps == 1e-5
-        assert parameters == [(name, id(value)) for name, value in model.named_parameters()]
-        assert buffers == [(name, id(value)) for name, value in model.named_buffers()]
-        assert children == [(name, id(value)) for name, value in model.named_children()]
 
 
 OTHER_ENGINE = """
