@@ -23,10 +23,12 @@ from adadfq_plugin.teacher import Facts
 
 __all__ = [
     "ValidationLoader",
+    "architectures",
     "candidate_sizes",
     "crop_mode",
     "facts",
     "families",
+    "family_of",
     "load_model",
     "smallest_architecture",
     "validation_loader",
@@ -202,6 +204,20 @@ def families() -> list[str]:
     import timm
 
     return sorted(family for family in timm.list_modules() if timm.list_models(module=family))
+
+
+def architectures() -> list[str]:
+    """Return the names of timm's architectures, without its own test architectures (``test_*``), sorted."""
+    import timm
+
+    return [name for name in sorted(timm.list_models()) if not name.startswith("test_")]
+
+
+def family_of(name: str) -> str:
+    """Return the family of an architecture: the name of the module that registers it."""
+    import timm
+
+    return timm.model_entrypoint(name).__module__.rpartition(".")[2]
 
 
 def smallest_architecture(family: str) -> tuple[str, int]:
