@@ -24,17 +24,18 @@ from adadfq_plugin.teacher import Facts
 __all__ = [
     "ValidationLoader",
     "architectures",
-    "candidate_sizes",
     "crop_mode",
     "facts",
     "families",
     "family_of",
     "load_model",
     "smallest_architecture",
+    "smallest_model",
     "validation_loader",
 ]
 
-_SMALL_SIDES = (96, 128, 192)
+_SMALL_SIDES = (96, 112, 126, 128, 192)
+"""Multiples of 32 or 16, and of 14 for patches of that size."""
 
 
 def load_model(
@@ -249,20 +250,37 @@ def smallest_architecture(family: str) -> tuple[str, int]:
     return name, sizes[name]
 
 
-def candidate_sizes(model: nn.Module) -> Iterator[tuple[int, int, int]]:
-    """Yield input sizes that a timm model may take, from cheap ones to the one that it is meant for.
+@torch.no_grad()
+def smallest_model(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
+    """Return an architecture with random weights, in eval mode, and the smallest of a few input sizes it runs with.
 
     Args:
-        model: A timm model, with its ``pretrained_cfg``.
+        name: One of `architectures`. Where its input size is fixed, it is built for a smaller one, if timm can.
 
-    Yields:
-        Channels, height, width.
+    Raises:
+        Exception: The model doesn't even run with the size that it is meant for; whatever it raises.
     """
-    config = cast(dict[str, object], getattr(model, "pretrained_cfg", {}))
+    import timm
+
+    def built(**arguments: Any) -> nn.Module:
+        with fork_rng(0):
+            made: nn.Module = timm.create_model(name, pretrained=False, **arguments)
+        return made.eval()
+
+    model = built()
+    config = dict(getattr(model, "pretrained_cfg", None) or {})
     channels, height, width = cast(tuple[int, int, int], config.get("input_size") or (3, 224, 224))
-    if not config.get("fixed_input_size"):
-        yield from ((channels, side, side) for side in _SMALL_SIDES if side < min(height, width))
-    yield channels, height, width
+    for side in _SMALL_SIDES:
+        if side >= min(height, width):
+            break
+        try:
+            smaller = built(img_size=side) if config.get("fixed_input_size") else model
+            smaller(torch.zeros(2, channels, side, side))
+        except Exception:  # too small for this architecture, or it can't be built for another size
+            continue
+        return smaller, (channels, side, side)
+    model(torch.zeros(2, channels, height, width))
+    return model, (channels, height, width)
 
 
 class ValidationLoader:

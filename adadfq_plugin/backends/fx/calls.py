@@ -3,6 +3,7 @@
 import functools
 import importlib
 import inspect
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ __all__ = [
     "Call",
     "Refusal",
     "as_call",
+    "bounds_nothing",
     "create_beside",
     "in_float",
     "on_constant",
@@ -142,6 +144,13 @@ def as_call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     if not kwargs and name in _REFLECTED:
         return Call("call_function", _REFLECTED[name], args[::-1], {})
     return Call("call_method", name, args, kwargs)
+
+
+def bounds_nothing(_input: Tensor, min: Any = None, max: Any = None, **_out: Any) -> bool:
+    """Whether ``clamp`` with these bounds leaves every number as it is."""
+    if isinstance(min, Tensor) or isinstance(max, Tensor):
+        return False
+    return min in (None, -math.inf) and max in (None, math.inf)
 
 
 @functools.cache
