@@ -270,6 +270,9 @@ class LearnedQuantizer(nn.Module):
             return
         rows = self._rows(x).float()
         lower, upper = rows.amin(1), rows.amax(1)
+        if bool((lower - upper).isinf().any()):  # a mask, or padding for a maximum: it takes the last level
+            rows = rows.masked_fill(rows.isinf(), 0)
+            lower, upper = rows.amin(1), rows.amax(1)
         if self.per_channel:  # a weight: what counts is the newest
             self.lower, self.upper = lower, upper
         else:

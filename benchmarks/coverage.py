@@ -138,7 +138,9 @@ def compare(
         if len(pairs) * BATCH >= LEAST and time.monotonic() - start > SECONDS:
             break
     expected, actual = (torch.cat(each) for each in zip(*pairs, strict=True))
-    row |= {"passed": bool(torch.isfinite(actual).all()), "images": len(expected)}
+    row |= {"passed": bool(torch.isfinite(torch.cat([expected, actual])).all()), "images": len(expected)}
+    if not row["passed"]:
+        raise ArithmeticError("logits that are not finite")
     row["agreement"] = agreement(expected, actual)
     row["relative_error"] = distance(expected, actual)
     quantizers = [each for each in prepared.modules() if hasattr(each, "fake_quant_enabled")]
@@ -318,21 +320,22 @@ def write_table(rows: dict[str, Row], path: Path) -> None:
     lines += [
         "",
         "The way, at W8A8: `adadfq_plugin.prepare`, `adadfq_plugin.calibrate` (noise, three training steps),",
-        "`convert_fx` or `convert_pt2e`, and a run of the converted model that gives finite logits. One architecture for",
-        "each family, the one with the fewest parameters. Its weights are random: once as timm initialises them (zero",
-        "gammas and untouched statistics included), and once settled, which is what the figures are of. There, BatchNorm",
-        f"has the statistics of {SETTLED} random images, scales of residual branches below {BRANCH} have that value, and",
-        "the classifier is changed so that each logit has mean 0 and deviation 1 over random images.",
+        "`convert_fx` or `convert_pt2e`, and a run of the converted model that gives finite logits.",
+        "One architecture for each family, the one with the fewest parameters, with images as small as it takes.",
+        "Its weights are random: once as timm initialises them (zero gammas and untouched statistics included), and",
+        "once settled, which is what the figures are of. There, BatchNorm has the statistics of",
+        f"{SETTLED} random images, scales of residual branches below {BRANCH} have that value, and the classifier is",
+        "changed so that each logit has mean 0 and deviation 1 over random images.",
         "",
         "- Integer: share of the multiply-adds of convolutions, linear layers and matrix products that integer modules",
         "  do (`fx`), or whose operands are both dequantized, so that Inductor finds an integer kernel (`pt2e`).",
         f"- Agreement: top-1 of the converted model against the fake-quantized one, on {LEAST} to {MOST} random images",
         f"  with structure of all scales; as many as {SECONDS:.0f} s allow.",
-        "- Converted: the distance of the converted logits from the fake-quantized ones, relative to what logits vary by",
-        "  from image to image. Quantized: the same of the fake-quantized logits from the unquantized ones.",
+        "- Converted: the distance of the converted logits from the fake-quantized ones, relative to what logits vary",
+        "  by from image to image. Quantized: the same of the fake-quantized logits from the unquantized ones.",
         f"- Where agreement is below {AGREES:.0%}, the fake-quantized model was run again with all step sizes changed",
-        "  by a millionth, which is what single precision rounds off anyway; its agreement with itself and its distance",
-        "  from itself stand in the last column.",
+        "  by a millionth, which is what single precision rounds off anyway; its agreement with itself and its",
+        "  distance from itself stand in the last column.",
         "",
         "Written by `python benchmarks/coverage.py` and `python benchmarks/coverage.py --backend pt2e`.",
         "",

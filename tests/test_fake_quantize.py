@@ -60,6 +60,13 @@ def test_forward_and_gradients_against_the_float64_twin(bits: int, shift: float)
     np.testing.assert_allclose(made.log_scale.grad.item(), for_log_scale, rtol=1e-3, atol=1e-3)
 
 
+def test_infinite_values_take_the_last_levels_of_the_others_range() -> None:
+    x = torch.tensor([-torch.inf, -1.0, 2.0, torch.inf])
+    made = quantizer(x)
+    assert made.scale.item() == pytest.approx(0.2)
+    torch.testing.assert_close(made(x), torch.tensor([-1.0, -1.0, 2.0, 2.0]))
+
+
 def test_per_channel_gradients_are_those_of_each_channel() -> None:
     weight = torch.randn(3, 4, 2, 2, requires_grad=True)
     made = per_channel(3)

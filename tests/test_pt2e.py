@@ -608,3 +608,33 @@ def test_compiled_models_call_integer_kernels(tmp_path: Path) -> None:
 def test_the_graph_of_a_copy_is_the_graph() -> None:
     prepared: Any = PT2EBackend().prepare(models.inverted(), models.SIZE, Scheme())
     assert plain_copy(copy.deepcopy(prepared)).code == plain_copy(prepared).code
+
+
+class PaddedMaximum(nn.Module):
+    """A pooling in TensorFlow's manner: minus infinity beyond the border."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8 * 7 * 7, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.pad(self.conv(x).relu(), [0, 1, 0, 1], value=-torch.inf)
+        logits: Tensor = self.head(nn.functional.max_pool2d(x, 3, 2).flatten(1))
+        return logits
+
+
+def test_padding_for_a_maximum_leaves_ranges_finite() -> None:
+    model = PaddedMaximum()
+    opened = PT2EBackend().open(PT2EBackend().prepare(model, (3, 16, 16), Scheme()))
+    images = torch.randn(8, 3, 16, 16)
+    with torch.no_grad(), opened.phase(Phase.OBSERVE):
+        opened.module(images)
+    opened.set_ranges()
+    assert all(bool(step.isfinite().all()) for step in opened.steps())
+    with torch.no_grad(), opened.phase(Phase.EVALUATE):
+        fake = opened.module(images)
+        torch.testing.assert_close(fake, model(images), atol=0.1 * float(fake.std()), rtol=0)
+    with opened.phase(Phase.TRAIN):
+        opened.module(images).square().mean().backward()
+    assert all(bool(weight.grad.isfinite().all()) for weight in opened.weights() if weight.grad is not None)
+    torch.testing.assert_close(opened.convert()(images), fake, atol=1e-5, rtol=1e-5)

@@ -1,7 +1,7 @@
 """The FX-friendly rewrite: exact, for any batch size, and torch.ao takes it."""
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -361,6 +361,8 @@ class Bounded(nn.Module):
     def __init__(self, bound: float) -> None:
         super().__init__()
         self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+        self.low: Tensor
+        self.high: Tensor
         self.register_buffer("low", torch.tensor(-bound))
         self.register_buffer("high", torch.tensor(bound))
 
@@ -382,7 +384,23 @@ def test_bounds_that_are_tensors_become_numbers(bound: float) -> None:
     settings = {"samples": 4, "batch_size": 2, "steps": 1}
     adadfq_plugin.calibrate(prepared, method="noise", settings=settings, mean=(0.5,) * 3, std=(0.5,) * 3)
     fake = outputs(prepared, images)
-    assert (convert_fx(prepared.eval())(images) - fake).abs().max() < 0.1 * fake.std()
+    converted = convert_fx(cast(fx.GraphModule, prepared.eval()))
+    assert (converted(images) - fake).abs().max() < 0.1 * fake.std()
+
+
+class Squeezed(nn.Module):
+    """The two ways in which timm writes a global average."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = x.mean((2, 3), keepdim=True)
+        logits: Tensor = (x * gate).mean(dim=[-2, -1])
+        return logits
+
+
+def test_global_averages_are_poolings_which_have_an_exact_kernel() -> None:
+    traced, images = traceable(Squeezed(), 12), torch.randn(4, 3, 12, 12)
+    assert {F.adaptive_avg_pool2d, "mean"} <= functions(traced)  # torch.ao's pooling keeps the dimensions
+    torch.testing.assert_close(outputs(traced, images), outputs(Squeezed(), images))
 
 
 def test_suitable_models_have_no_unquantizable_parts() -> None:
