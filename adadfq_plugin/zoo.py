@@ -8,6 +8,7 @@ from __future__ import annotations
 import pickle
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +25,7 @@ from adadfq_plugin.teacher import Facts
 __all__ = [
     "ValidationLoader",
     "architectures",
+    "count_parameters",
     "crop_mode",
     "facts",
     "families",
@@ -221,6 +223,15 @@ def family_of(name: str) -> str:
     return timm.model_entrypoint(name).__module__.rpartition(".")[2]
 
 
+def count_parameters(name: str) -> int:
+    """Return the number of an architecture's parameters; it is built without memory for them."""
+    import timm
+
+    with torch.device("meta"):
+        model = timm.create_model(name, pretrained=False)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def smallest_architecture(family: str) -> tuple[str, int]:
     """Return the architecture of a family with the fewest parameters, and their number.
 
@@ -238,12 +249,8 @@ def smallest_architecture(family: str) -> tuple[str, int]:
     for name in timm.list_models(module=family):
         if name.startswith("test_"):
             continue
-        try:
-            with torch.device("meta"):
-                model = timm.create_model(name, pretrained=False)
-        except Exception:  # some architectures need weights or optional packages to be built
-            continue
-        sizes[name] = sum(parameter.numel() for parameter in model.parameters())
+        with suppress(Exception):  # some architectures need weights or optional packages to be built
+            sizes[name] = count_parameters(name)
     if not sizes:
         raise ValueError(f"no architecture of timm's family {family!r} can be built")
     name = min(sizes, key=lambda key: (sizes[key], key))

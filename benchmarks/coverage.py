@@ -46,6 +46,8 @@ BATCH, LEAST, MOST = 16, 64, 512
 SECONDS = 6.0
 """Time after which a comparison ends with the images it has."""
 AGREES = 0.98
+COPIES = 8
+"""Of the weights: the model, prepared, opened, P twice, gradients, Adam's two moments."""
 NUDGE = 1e-6
 """Relative change of each step size that is no more than rounding in single precision."""
 BACKENDS = ("fx", "pt2e")
@@ -240,10 +242,22 @@ def run_in_process(row: Row, connection: Connection, gibibytes: int) -> None:
     try:
         if "model" not in row:
             row["model"], row["parameters"] = zoo.smallest_architecture(row["family"])
-        run_one(row)
+        elif "parameters" not in row:
+            row["parameters"] = zoo.count_parameters(row["model"])
+        if COPIES * 4 * row["parameters"] > gibibytes << 30:
+            row |= {"traced": False, "passed": False, "reason": too_large(row["parameters"], gibibytes)}
+        else:
+            run_one(row)
     except Exception as error:
         row |= {"passed": False, "reason": f"{type(error).__name__}: {error}"[:300]}
     connection.send(row)
+
+
+def too_large(parameters: int, gibibytes: int) -> str:
+    """Why a model is not tried."""
+    needed = COPIES * 4 * parameters / 2**30
+    size = f"{parameters / 1e6:.0f} million parameters"
+    return f"not tried: {size} take {needed:.0f} GiB to train, the limit is {gibibytes}"
 
 
 def run_limited(known: Row, seconds: int, gibibytes: int) -> Row:
