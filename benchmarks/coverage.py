@@ -40,7 +40,7 @@ TABLE = ROOT / "docs" / "coverage.md"
 ALL_ROWS = ROOT / "benchmarks" / "coverage-all.json"
 # random weights have no statistics to imitate: noise, and a few real steps of training
 SETTINGS = {"samples": 8, "batch_size": 2, "range_samples": 8, "steps": 3}
-QUICK = {"samples": 2, "batch_size": 2, "range_samples": 2, "steps": 1}
+QUICK = {"samples": 2, "batch_size": 2, "range_samples": 2, "steps": 1, "ranges": "minmax"}
 BATCH, LEAST, MOST = 16, 64, 512
 """Images of the comparison: in a batch, at least, at most."""
 SECONDS = 6.0
@@ -84,7 +84,7 @@ def fill(row: Row) -> None:
 
 
 def walk(
-    row: Row, model: nn.Module, size: tuple[int, int, int], settings: dict[str, int]
+    row: Row, model: nn.Module, size: tuple[int, int, int], settings: dict[str, Any]
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """The way itself: the calibrated model and what the toolkit's own convert makes of it."""
     from torch.ao.quantization.quantize_fx import convert_fx

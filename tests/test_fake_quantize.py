@@ -12,6 +12,7 @@ from torch.ao.quantization import disable_observer, enable_observer
 from torch.ao.quantization.fake_quantize import FakeQuantize
 from torch.ao.quantization.observer import MinMaxObserver
 
+from adadfq_plugin import fake_quantize as module
 from adadfq_plugin.backends.fx.fake_quantize import LearnedFakeQuantize, search_range
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -110,6 +111,21 @@ def test_averages_round_their_ties_to_even() -> None:
     step = made.scale.item()
     ties = torch.tensor([0.5, 1.5, 2.5]) * step
     assert torch.equal((made(ties) / step).round(), torch.tensor([0.0, 2.0, 2.0]))
+
+
+def test_a_large_weight_is_searched_in_pieces_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(7, 30)
+    steps = []
+    for most in (2**18, 60, 1):  # in one piece, in pairs of rows, row by row
+        monkeypatch.setattr(module, "IN_CACHE", most)
+        made = per_channel()
+        made.sampling = True
+        made(weight)
+        made.search()
+        steps.append(made.scale)
+    assert len(steps[0]) == 7
+    assert torch.equal(steps[0], steps[1])
+    assert torch.equal(steps[0], steps[2])
 
 
 def test_search_is_never_worse_than_min_max() -> None:
