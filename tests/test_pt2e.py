@@ -638,3 +638,33 @@ def test_padding_for_a_maximum_leaves_ranges_finite() -> None:
         opened.module(images).square().mean().backward()
     assert all(bool(weight.grad.isfinite().all()) for weight in opened.weights() if weight.grad is not None)
     torch.testing.assert_close(opened.convert()(images), fake, atol=1e-5, rtol=1e-5)
+
+
+class Standardised(nn.Conv2d):
+    """A convolution that standardises its weights as timm's do, by a BatchNorm without running statistics."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat, none = self.weight.reshape(1, self.out_channels, -1), None
+        weight = nn.functional.batch_norm(flat, none, none, weight=self.gain, training=True, eps=1e-4)
+        return nn.functional.conv2d(x, weight.reshape_as(self.weight), self.bias)
+
+    def __init__(self, channels: int, out: int, side: int) -> None:
+        super().__init__(channels, out, side)
+        self.gain = nn.Parameter(torch.linspace(0.5, 2, self.out_channels))
+
+
+def test_standardised_weights_cost_no_search_for_batch_norm() -> None:
+    model = nn.Sequential(Standardised(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5)).eval()
+    images = torch.randn(4, 3, 8, 8)
+    opened = PT2EBackend().open(PT2EBackend().prepare(model, (3, 8, 8), Scheme()))
+    assert not [
+        node for node in opened.module.graph.nodes if node.target is torch.ops.aten.batch_norm.default
+    ]
+    with torch.no_grad(), opened.phase(Phase.FLOAT):
+        torch.testing.assert_close(opened.module(images), model(images))
+    with torch.no_grad(), opened.phase(Phase.OBSERVE):
+        opened.module(images)
+    opened.set_ranges()
+    with torch.no_grad(), opened.phase(Phase.EVALUATE):
+        fake = opened.module(images)
+    torch.testing.assert_close(opened.convert()(images), fake, atol=1e-5, rtol=1e-5)
