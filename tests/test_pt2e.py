@@ -380,6 +380,42 @@ def test_calls_in_place_get_their_other_form() -> None:
     assert torch.equal(graph(batch), InPlace()(batch))
 
 
+def test_a_part_is_written_as_the_whole_with_another_part() -> None:
+    class Parts(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x * 2
+            y[:, 1:, 2:] = y[:, 1:, 2:] + 1
+            before = y[:, :1]
+            y[:, 0].mul_(3)
+            y = y + before
+            z = y.flatten(2).relu_()  # nobody looks at y any more
+            return z * z
+
+    graph = plain_copy(exported(Parts()))
+    use_no_mutation(graph.graph)
+    graph.graph.lint()
+    graph.recompile()
+    batch = models.images(2)
+    assert not any("_." in str(node.target) for node in graph.graph.nodes)
+    assert torch.equal(graph(batch), Parts()(batch))
+
+
+def test_a_recurrent_layer_in_eval_mode_draws_no_random_numbers() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.head = nn.LSTM(12, 6, batch_first=True), nn.Linear(6, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.head(self.lstm(x.flatten(1, 2))[0].mean(1))
+            return logits
+
+    model, images = Recurrent().eval(), torch.randn(4, 3, 12, 12)
+    opened = PT2EBackend().open(PT2EBackend().prepare(model, (3, 12, 12), Scheme()))
+    with torch.no_grad(), opened.phase(Phase.FLOAT):
+        torch.testing.assert_close(opened.module(images), model(images))
+
+
 def test_views_are_not_changed_behind_the_graphs_back() -> None:
     class Behind(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
