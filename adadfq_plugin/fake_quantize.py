@@ -17,6 +17,8 @@ __all__ = ["LearnedQuantizer", "largest_weight", "search_range", "switched"]
 
 SAMPLE = 8192
 """Activations kept from each observed batch for the range search."""
+IN_CACHE = 2**18
+"""Values searched at a time: the weights of a large layer take nine times as long in one piece."""
 SMALLEST_STEP = torch.finfo(torch.float32).eps
 TIE_GRID = 4096
 """Fractions of a level: coarse enough to wipe out float noise around one half, fine enough to be exact."""
@@ -270,6 +272,9 @@ class LearnedQuantizer(nn.Module):
             return
         rows = self._rows(x).float()
         lower, upper = rows.amin(1), rows.amax(1)
+        if bool((lower - upper).isinf().any()):  # a mask, or padding for a maximum: it takes the last level
+            rows = rows.masked_fill(rows.isinf(), 0)
+            lower, upper = rows.amin(1), rows.amax(1)
         if self.per_channel:  # a weight: what counts is the newest
             self.lower, self.upper = lower, upper
         else:
@@ -308,7 +313,11 @@ class LearnedQuantizer(nn.Module):
         """Sets the range of least squared error over the observed sample, and forgets the sample."""
         if self._sample:
             x = self._sample[-1] if self.per_channel else torch.cat(self._sample, dim=1)
-            self._set(*search_range(x, self.quant_min, self.quant_max, symmetric=self.symmetric))
+            few = x.split(max(1, IN_CACHE // x.shape[1]))
+            found = [
+                search_range(rows, self.quant_min, self.quant_max, symmetric=self.symmetric) for rows in few
+            ]
+            self._set(*map(torch.cat, zip(*found, strict=True)))
         self._sample.clear()
 
     def bounds(self) -> tuple[Tensor, Tensor]:

@@ -127,11 +127,15 @@ def make_teacher(
 def refuse_nan(model: nn.Module, *, buffers: bool = False) -> None:
     """Refuses weights, and statistics where asked for, that are not finite.
 
+    Other buffers may be infinite, as masks and bounds are, but not NaN.
+
     Raises:
         ModelError: the first that isn't, by name.
     """
     for name, tensor in (*model.named_parameters(), *(model.named_buffers() if buffers else ())):
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        bound = not isinstance(tensor, nn.Parameter) and not name.endswith(("running_mean", "running_var"))
+        bad = tensor.isnan() if bound else ~tensor.isfinite()
+        if tensor.is_floating_point() and bool(bad.any()):
             raise ModelError(f"{name!r} holds NaN or infinite values; load trained weights first")
 
 

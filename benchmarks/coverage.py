@@ -1,12 +1,13 @@
 """Which timm families go through the whole quantization path of a backend: the table docs/coverage.md.
 
-Each family's smallest architecture, randomly initialised, in a process of its own: ``adadfq_plugin.prepare``,
+Each family's smallest architecture, with random weights, in a process of its own: ``adadfq_plugin.prepare``,
 ``adadfq_plugin.calibrate`` on noise with three training steps, the toolkit's convert, and the converted model against
-the fake-quantized one.
+the fake-quantized one. Once as timm initialises it, and once settled (see networks.py), which is what is measured.
 
     python benchmarks/coverage.py                 # all families; goes on where an earlier run has stopped
     python benchmarks/coverage.py resnet xcit     # these, again
     python benchmarks/coverage.py --backend pt2e  # the other toolkit
+    python benchmarks/coverage.py --all           # every architecture, into benchmarks/coverage-all.{json,md}
 """
 
 import argparse
@@ -17,113 +18,156 @@ import operator
 import resource
 import time
 import warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
+from networks import BRANCH, SETTLED, random_images, settle
 from torch import Tensor, fx, nn
-from torch.ao.quantization import disable_fake_quant
-from torch.ao.quantization.quantize_fx import convert_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import adadfq_plugin
 from adadfq_plugin import zoo
-from adadfq_plugin.backends.fx.traceable import INPUT_SIZE, traceable
-from adadfq_plugin.errors import UntraceableError
+from adadfq_plugin.errors import AdaDFQError
+from adadfq_plugin.fake_quantize import LearnedQuantizer, switched
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = ROOT / "benchmarks" / "coverage.json"
 TABLE = ROOT / "docs" / "coverage.md"
-IMAGES = 8
+ALL_ROWS = ROOT / "benchmarks" / "coverage-all.json"
 # random weights have no statistics to imitate: noise, and a few real steps of training
-SETTINGS = {"samples": IMAGES, "batch_size": 4, "range_samples": IMAGES, "steps": 3}
+SETTINGS = {"samples": 8, "batch_size": 2, "range_samples": 8, "steps": 3}
+QUICK = {"samples": 2, "batch_size": 2, "range_samples": 2, "steps": 1, "ranges": "minmax"}
+BATCH, LEAST, MOST = 16, 64, 512
+"""Images of the comparison: in a batch, at least, at most."""
+SECONDS = 6.0
+"""Time after which a comparison ends with the images it has."""
+AGREES = 0.98
+COPIES = 8
+"""Of the weights: the model, prepared, opened, P twice, gradients, Adam's two moments."""
+NUDGE = 1e-6
+"""Relative change of each step size that is no more than rounding in single precision."""
 BACKENDS = ("fx", "pt2e")
 Row = dict[str, Any]
 
 
-def run_one(name: str, backend: str) -> Row:
-    """Take one architecture through the path and return its row of the table, however far it has come."""
-    row: Row = {"model": name, "backend": backend, "traced": False, "passed": False}
+def run_one(row: Row) -> None:
+    """Take the row's architecture through the path and write into the row how far it has come."""
+    row |= {"traced": False, "passed": False}
     try:
         fill(row)
-    except UntraceableError as error:
-        row["reason"] = str(error)[:300]
     except Exception as error:
-        row["reason"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"[:300]
-    return row
+        first = (str(error).splitlines() or [""])[0]
+        ours = isinstance(error, AdaDFQError)
+        row["reason"] = first[:300] if ours else f"in {row['stage']}: {type(error).__name__}: {first}"[:300]
 
 
 def fill(row: Row) -> None:
     """Take the row's architecture through the path and write what comes out of it into the row."""
-    import timm
-
-    torch.manual_seed(0)
-    model = timm.create_model(row["model"], pretrained=False)
-    if row["backend"] == "pt2e":
-        fill_pt2e(row, model)
-        return
-    traced = trace_smallest(model)
-    size = traced.meta[INPUT_SIZE]
-    row |= {"traced": True, "input_size": list(size), "multiply_adds": count_multiply_adds(traced, size)}
-    images = torch.randn(IMAGES, *size)
-    prepared = adadfq_plugin.prepare(model, size, scheme={"engine": "x86"})
-    adadfq_plugin.calibrate(prepared, method="noise", settings=SETTINGS, input_size=size)
-    prepared = prepared.eval()
-    assert isinstance(prepared, fx.GraphModule)
+    row["stage"] = "create"
+    model, size = zoo.smallest_model(row["model"])
+    row |= {"input_size": list(size), "multiply_adds": count_multiply_adds(model, size)}
+    if "as_initialised" not in row:
+        _, converted = walk(row, model, size, QUICK)
+        row["as_initialised"] = finite(converted, torch.randn(2, *size))
+    settle(model, size)
+    prepared, converted = walk(row, model, size, SETTINGS)
+    row["stage"] = "run"
     with torch.no_grad():
-        expected = first(prepared(images))
-        unquantized = first(copy.deepcopy(prepared).apply(disable_fake_quant)(images))
-        converted = convert_fx(copy.deepcopy(prepared))
-        actual = first(converted(images))
-    row["integer_share"] = sum(integer_multiply_adds(traced, converted, size).values()) / row["multiply_adds"]
-    compare(row, expected, unquantized, actual)
+        compare(row, prepared, converted, size)
+        integer = integer_multiply_adds if row["backend"] == "fx" else dequantized_multiply_adds
+        row["integer_share"] = integer(converted, torch.zeros(2, *size)) / row["multiply_adds"]
+    del row["stage"]
 
 
-def fill_pt2e(row: Row, model: nn.Module) -> None:
-    """The same through torchao; integer is what stands between its dequantize calls and can be lowered."""
-    from torchao.quantization.pt2e import disable_fake_quant as disable
+def walk(
+    row: Row, model: nn.Module, size: tuple[int, int, int], settings: dict[str, Any]
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """The way itself: the calibrated model and what the toolkit's own convert makes of it."""
+    from torch.ao.quantization.quantize_fx import convert_fx
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
-    size = smallest_size(model)
-    row |= {"input_size": list(size), "multiply_adds": count_multiply_adds(model, size)}
-    images = torch.randn(IMAGES, *size)
-    prepared = adadfq_plugin.prepare(model, size, backend="pt2e")
-    row["traced"] = True
-    adadfq_plugin.calibrate(prepared, method="noise", settings=SETTINGS, input_size=size)
-    with torch.no_grad():
-        expected = first(prepared(images))
-        unquantized = first(copy.deepcopy(prepared).apply(disable)(images))
+    start, seconds = time.monotonic(), row.setdefault("stages", {})
+    row["stage"] = "prepare"
+    scheme = {"engine": "x86"} if row["backend"] == "fx" else None
+    prepared: Any = adadfq_plugin.prepare(model, size, scheme=scheme, backend=row["backend"])
+    row |= {"stage": "calibrate", "traced": True}
+    seconds["prepare"] = round(time.monotonic() - start, 1)
+    adadfq_plugin.calibrate(prepared, method="noise", settings=settings, input_size=size)
+    row["stage"] = "convert"
+    seconds["calibrate"] = round(time.monotonic() - start - seconds["prepare"], 1)
+    if row["backend"] == "fx":
+        converted = convert_fx(copy.deepcopy(prepared.eval()))
+    else:
         converted = convert_pt2e(copy.deepcopy(prepared))
-        actual = first(converted(images))
-    row["integer_share"] = dequantized_multiply_adds(converted, images[:2]) / row["multiply_adds"]
-    compare(row, expected, unquantized, actual)
+    seconds["convert"] = round(time.monotonic() - start - seconds["prepare"] - seconds["calibrate"], 1)
+    return prepared, converted
 
 
-def compare(row: Row, expected: Tensor, unquantized: Tensor, actual: Tensor) -> None:
-    """Write the distances between the fake-quantized, the float and the converted model's logits into the row."""
-    row["agreement"] = float((expected.argmax(-1) == actual.argmax(-1)).float().mean())
-    row["relative_error"] = float((actual - expected).norm() / expected.norm())
-    row["quantization_error"] = float((expected - unquantized).norm() / unquantized.norm())
-    row["passed"] = bool(torch.isfinite(actual).all())
+@torch.no_grad()
+def finite(model: nn.Module, images: Tensor) -> bool:
+    """Whether the model gives numbers for the images."""
+    return bool(torch.isfinite(first(model(images))).all())
 
 
-def trace_smallest(model: nn.Module) -> fx.GraphModule:
-    """Rewrite the model for the smallest input size that it runs with."""
-    return traceable(model, smallest_size(model))
+def batches(count: int, size: tuple[int, int, int]) -> Iterator[Tensor]:
+    """The same images every time."""
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(0, count, BATCH):
+        yield random_images(BATCH, size, generator)
 
 
-def smallest_size(model: nn.Module) -> tuple[int, int, int]:
-    """The smallest input size that the model runs with."""
-    for size in zoo.candidate_sizes(model):
-        try:
-            with torch.no_grad():
-                model.eval()(torch.zeros(2, *size))
-        except Exception:  # too small for this architecture; the last size is the one that it is meant for
-            continue
-        return size
-    raise RuntimeError("the model does not run with its own input size")
+def logits(model: Callable[[Tensor], Any], count: int, size: tuple[int, int, int]) -> Tensor:
+    """What the model says of the first ``count`` images."""
+    return torch.cat([first(model(images)) for images in batches(count, size)])
+
+
+def compare(
+    row: Row, prepared: fx.GraphModule, converted: fx.GraphModule, size: tuple[int, int, int]
+) -> None:
+    """Write the distances between the fake-quantized, the float and the converted model's logits into the row.
+
+    Where the first and the last don't agree, the fake-quantized model is run once more with every step size changed by
+    a millionth. Answers that this changes are no more stable than single precision is.
+    """
+    pairs: list[tuple[Tensor, Tensor]] = []
+    start = time.monotonic()
+    for images in batches(MOST, size):
+        pairs.append((first(prepared(images)), first(converted(images))))
+        if len(pairs) * BATCH >= LEAST and time.monotonic() - start > SECONDS:
+            break
+    expected, actual = (torch.cat(each) for each in zip(*pairs, strict=True))
+    row |= {"passed": bool(torch.isfinite(torch.cat([expected, actual])).all()), "images": len(expected)}
+    if not row["passed"]:
+        raise ArithmeticError("logits that are not finite")
+    row["agreement"] = agreement(expected, actual)
+    row["relative_error"] = distance(expected, actual)
+    quantizers = [each for each in prepared.modules() if hasattr(each, "fake_quant_enabled")]
+    with switched(quantizers, observe=False, quantize=False):
+        row["quantization_error"] = distance(logits(prepared, BATCH, size), expected[:BATCH])
+    if row["agreement"] >= AGREES:
+        return
+    generator = torch.Generator().manual_seed(3)
+    nudged = copy.deepcopy(prepared)
+    for module in nudged.modules():
+        if isinstance(module, LearnedQuantizer):
+            module.log_scale.add_(NUDGE * torch.randn(module.log_scale.shape, generator=generator))
+    control = logits(nudged, LEAST, size)
+    row["nudged_agreement"] = agreement(expected[:LEAST], control)
+    row["nudged_error"] = distance(expected[:LEAST], control)
+
+
+def agreement(expected: Tensor, actual: Tensor) -> float:
+    """Share of the images of which both say the same."""
+    return float((expected.argmax(-1) == actual.argmax(-1)).float().mean())
+
+
+def distance(expected: Tensor, actual: Tensor) -> float:
+    """Relative to what the expected logits vary by from image to image."""
+    return float((actual - expected).norm() / (expected - expected.mean(0)).norm())
 
 
 def first(output: Any) -> Tensor:
@@ -133,33 +177,32 @@ def first(output: Any) -> Tensor:
 
 def count_multiply_adds(model: nn.Module, size: tuple[int, ...]) -> int:
     """Return the multiply-adds of one image."""
+    frozen = copy.deepcopy(model).requires_grad_(False)  # the counter's hooks fail on parameters as inputs
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(torch.zeros(2, *size))
+        frozen(torch.zeros(2, *size))
     return int(counter.get_total_flops() // 4)
 
 
-def integer_multiply_adds(
-    traced: fx.GraphModule, converted: nn.Module, size: tuple[int, ...]
-) -> dict[str, int]:
-    """Return the multiply-adds for one image of each convolution and linear layer that became an integer one."""
-    integer = {n for n, m in converted.named_modules() if type(m).__module__.startswith("torch.ao.nn")}
-    counts: dict[str, int] = {}
-    handles = []
-    for name, module in traced.named_modules():
-        if name in integer and isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
+def integer_multiply_adds(converted: fx.GraphModule, images: Tensor) -> int:
+    """Return the multiply-adds for one image that torch.ao's integer layers do."""
+    counts: list[int] = []
 
-            def count(module: Any, args: Any, output: Tensor, name: str = name) -> None:
-                per_output = module.weight[0].numel()
-                counts[name] = counts.get(name, 0) + per_output * output.numel() // 2
+    def count(module: Any, args: Any, output: Tensor) -> None:
+        transposed = "Transpose" in type(module).__name__
+        counts.append(module.weight()[0].numel() * (args[0] if transposed else output).numel())
 
-            handles.append(module.register_forward_hook(count))
+    layers = [
+        module
+        for module in converted.modules()
+        if type(module).__module__.startswith("torch.ao.nn") and callable(getattr(module, "weight", None))
+    ]
+    handles = [layer.register_forward_hook(count) for layer in layers]
     try:
-        with torch.no_grad():
-            traced.eval()(torch.zeros(2, *size))
+        converted(images)
     finally:
         for handle in handles:
             handle.remove()
-    return counts
+    return sum(counts) // len(images)
 
 
 class Counted(fx.Interpreter):
@@ -187,27 +230,38 @@ class Counted(fx.Interpreter):
 def dequantized_multiply_adds(converted: fx.GraphModule, images: Tensor) -> int:
     """Return the multiply-adds for one image that integer kernels can do."""
     counted = Counted(converted)
-    with torch.no_grad():
-        counted.run(images)
+    counted.run(images)
     return counted.total // (2 * len(images))
 
 
 def run_in_process(row: Row, connection: Connection, gibibytes: int) -> None:
-    """Complete the row of a family and send it through the connection."""
+    """Complete the row of an architecture and send it through the connection."""
     warnings.simplefilter("ignore")
-    resource.setrlimit(resource.RLIMIT_AS, (gibibytes << 30, gibibytes << 30))
+    resource.setrlimit(resource.RLIMIT_DATA, (gibibytes << 30, gibibytes << 30))
     torch.set_num_threads(1)
     try:
         if "model" not in row:
             row["model"], row["parameters"] = zoo.smallest_architecture(row["family"])
-        row |= run_one(row["model"], row["backend"])
+        elif "parameters" not in row:
+            row["parameters"] = zoo.count_parameters(row["model"])
+        if COPIES * 4 * row["parameters"] > gibibytes << 30:
+            row |= {"traced": False, "passed": False, "reason": too_large(row["parameters"], gibibytes)}
+        else:
+            run_one(row)
     except Exception as error:
         row |= {"passed": False, "reason": f"{type(error).__name__}: {error}"[:300]}
     connection.send(row)
 
 
-def run_family(known: Row, seconds: int, gibibytes: int) -> Row:
-    """Return a family's row from what is known of it; a process that takes too long or dies has one too."""
+def too_large(parameters: int, gibibytes: int) -> str:
+    """Why a model is not tried."""
+    needed = COPIES * 4 * parameters / 2**30
+    size = f"{parameters / 1e6:.0f} million parameters"
+    return f"not tried: {size} take {needed:.0f} GiB to train, the limit is {gibibytes}"
+
+
+def run_limited(known: Row, seconds: int, gibibytes: int) -> Row:
+    """Return a row completed from what is known of it; a process that takes too long or dies has one too."""
     context = multiprocessing.get_context("forkserver")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=run_in_process, args=(known, sender, gibibytes))
@@ -226,88 +280,166 @@ def run_family(known: Row, seconds: int, gibibytes: int) -> Row:
     return row | {"seconds": round(time.monotonic() - start)}
 
 
-def write_table(rows: dict[str, Row]) -> None:
+def taken_by_auto(fx_row: Row | None, pt2e_row: Row | None) -> str | None:
+    """The backend that ``auto`` takes the whole way: the second is tried where the first refuses to prepare."""
+    if fx_row and (fx_row["passed"] or fx_row["traced"]):
+        return "fx" if fx_row["passed"] else None
+    return "pt2e" if pt2e_row and pt2e_row["passed"] else None
+
+
+def remark(row: Row) -> str:
+    """Why a row is not what it should be, in one line."""
+    if "reason" in row:
+        return str(row["reason"])
+    if row.get("as_initialised") is False:
+        return "not finite as initialised"
+    if "images" not in row:
+        return "run as initialised only"
+    if row["agreement"] >= AGREES:
+        return ""
+    nudged = f"step sizes changed by a millionth: {row['nudged_agreement']:.0%}, {row['nudged_error']:.2f}"
+    if row["nudged_error"] > row["relative_error"] / 2:
+        return f"random weights amplify rounding ({nudged})"
+    return f"an integer kernel rounds otherwise ({nudged})"
+
+
+def write_table(rows: dict[str, Row], path: Path) -> None:
     """Write the Markdown table."""
     done = [row for row in rows.values() if "passed" in row]
-    done.sort(key=lambda row: (row["family"], row["backend"]))
-    families = {row["family"] for row in rows.values()}
-    passed = {each: sum(row["passed"] for row in done if row["backend"] == each) for each in BACKENDS}
-    run = {each: sum(row["backend"] == each for row in done) for each in BACKENDS}
-    either = len({row["family"] for row in done if row["passed"]})
+    done.sort(key=lambda row: (row["family"], row.get("model", ""), row["backend"]))
+    kind = "model" if path != TABLE else "family"
+    by_name: dict[str, dict[str, Row]] = {}
+    for row in done:
+        by_name.setdefault(row.get(kind, ""), {})[row["backend"]] = row
+    total = len(by_name)
+    auto = [taken_by_auto(each.get("fx"), each.get("pt2e")) for each in by_name.values()]
     lines = [
-        "# timm families through quantization",
+        f"# timm {'architectures' if kind == 'model' else 'families'} through quantization",
         "",
-        f"Of {len(families)} families {either} go the whole way at W8A8 on at least one backend:",
-        f"{passed['fx']} of {run['fx']} that were run on `fx`, {passed['pt2e']} of {run['pt2e']} on `pt2e`.",
-        "The way: `adadfq_plugin.prepare`, `adadfq_plugin.calibrate` (noise, three training steps), `convert_fx` or",
-        "`convert_pt2e`, and a run of the converted model. One architecture for each",
-        "family, the one with the fewest parameters, randomly initialised. Integer: share of the multiply-adds of",
-        "convolutions, linear layers and matrix products that integer modules do (`fx`), or whose operands are both",
-        "dequantized, so that Inductor finds an integer kernel for them (`pt2e`). Agreement: top-1 of the converted",
-        f"model against the fake-quantized one on {IMAGES} random images; converted: the relative error of its logits;",
-        "quantized: that of the fake-quantized model's against the same model without quantization. Random weights",
-        "amplify each rounding: where quantization changes the logits a lot, another order of roundings does so too.",
-        "A head that is initialised with zeros gives logits of zero and errors of nan: its agreement says nothing.",
+        "| backend | run | go the whole way | measured | agree on at least 98 % |",
+        "|---|---|---|---|---|",
+    ]
+    for backend in BACKENDS:
+        own = [row for row in done if row["backend"] == backend]
+        measured = [row for row in own if "agreement" in row]
+        counts = (
+            len(own),
+            sum(row["passed"] for row in own),
+            len(measured),
+            sum(row["agreement"] >= AGREES for row in measured),
+        )
+        lines.append(f"| `{backend}` | " + " | ".join(map(str, counts)) + " |")
+    taken = [each for each in auto if each]
+    lines.append(f"| `auto` | {total} | {len(taken)} ({taken.count('pt2e')} by `pt2e`) | | |")
+    lines += [
+        "",
+        "The way, at W8A8: `adadfq_plugin.prepare`, `adadfq_plugin.calibrate` (noise, three training steps),",
+        "`convert_fx` or `convert_pt2e`, and a run of the converted model that gives finite logits.",
+        "One architecture for each family, the one with the fewest parameters, with images as small as it takes.",
+        "Its weights are random: once as timm initialises them (zero gammas and untouched statistics included), and",
+        "once settled, which is what the figures are of. There, BatchNorm has the statistics of",
+        f"{SETTLED} random images, scales of residual branches below {BRANCH} have that value, and the classifier is",
+        "changed so that each logit has mean 0 and deviation 1 over random images.",
+        "",
+        "- Integer: share of the multiply-adds of convolutions, linear layers and matrix products that integer modules",
+        "  do (`fx`), or whose operands are both dequantized, so that Inductor finds an integer kernel (`pt2e`).",
+        f"- Agreement: top-1 of the converted model against the fake-quantized one, on {LEAST} to {MOST} random images",
+        f"  with structure of all scales; as many as {SECONDS:.0f} s allow.",
+        "- Converted: the distance of the converted logits from the fake-quantized ones, relative to what logits vary",
+        "  by from image to image. Quantized: the same of the fake-quantized logits from the unquantized ones.",
+        f"- Where agreement is below {AGREES:.0%}, the fake-quantized model was run again with all step sizes changed",
+        "  by a millionth, which is what single precision rounds off anyway; its agreement with itself and its",
+        "  distance from itself stand in the last column.",
         "",
         "Written by `python benchmarks/coverage.py` and `python benchmarks/coverage.py --backend pt2e`.",
         "",
-        "| family | backend | model | input | traced | integer | agreement | converted | quantized | refused because |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| family | backend | model | input | way | integer | images | agreement | converted | quantized | remark |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
+    columns = {
+        "integer_share": ".0%",
+        "images": "d",
+        "agreement": ".1%",
+        "relative_error": ".2f",
+        "quantization_error": ".2f",
+    }
     for row in done:
         side = "x".join(map(str, row["input_size"][1:])) if "input_size" in row else ""
-        traced = "yes" if row.get("traced") else "no"
-        columns = {
-            "integer_share": ".0%",
-            "agreement": ".0%",
-            "relative_error": ".2f",
-            "quantization_error": ".2f",
-        }
         figures = [format(row[key], style) if key in row else "" for key, style in columns.items()]
-        reason = " ".join(row.get("reason", "").split()).replace("|", "\\|")[:300]
-        cells = [row["family"], row["backend"], row.get("model", ""), side, traced, *figures, reason]
+        told = " ".join(remark(row).split()).replace("|", "\\|")
+        way = "yes" if row["passed"] else f"no ({row.get('stage', 'limits')})"
+        cells = [row["family"], row["backend"], row.get("model", ""), side, way, *figures, told]
         lines.append("| " + " | ".join(cells) + " |")
-    TABLE.parent.mkdir(exist_ok=True)
-    TABLE.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def main() -> None:
-    """Run the families that have no row yet, or those that are named."""
+    """Run what has no complete row yet, or what is named."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("families", nargs="*", help="families to run again; default: all without a row")
+    parser.add_argument(
+        "names", nargs="*", help="families (or architectures) to run again; default: all without a row"
+    )
+    parser.add_argument(
+        "--all", action="store_true", help="every architecture instead of one for each family"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time (default: 1)")
-    parser.add_argument("--seconds", type=int, default=300, help="time limit for each family (default: 300)")
+    parser.add_argument("--seconds", type=int, default=300, help="time limit for each (default: 300)")
     parser.add_argument(
         "--gibibytes", type=int, default=10, help="memory limit for each process (default: 10)"
     )
     parser.add_argument("--backend", choices=BACKENDS, default="fx", help="toolkit (default: fx)")
     options = parser.parse_args()
-    rows: dict[str, Row] = json.loads(ROWS.read_text(encoding="utf-8")) if ROWS.exists() else {}
+    store, table = (ALL_ROWS, ALL_ROWS.with_suffix(".md")) if options.all else (ROWS, TABLE)
+    rows: dict[str, Row] = json.loads(store.read_text(encoding="utf-8")) if store.exists() else {}
 
-    def key(family: str) -> str:
-        return f"{family} {options.backend}"
+    def row_of(name: str, backend: str) -> Row:
+        return rows.get(f"{name} {backend}", {})
 
-    todo = options.families or [name for name in zoo.families() if "passed" not in rows.get(key(name), {})]
+    def start(name: str) -> Row:
+        row: Row = {"backend": options.backend}
+        if options.all:
+            row |= {"model": name, "family": zoo.family_of(name)}
+        else:
+            row["family"] = name
+        # the search for the smallest architecture is slow, and its outcome does not change
+        for known in (row_of(name, each) for each in BACKENDS):
+            row |= {key: known[key] for key in ("model", "parameters") if key in known}
+        if name not in options.names and row_of(name, options.backend).get("as_initialised"):
+            row["as_initialised"] = True
+        return row
 
-    def run(family: str) -> Row:
-        # The search for the smallest architecture is slow, and its outcome does not change.
-        known = rows.get(f"{family} fx", {})
-        kept = {name: known[name] for name in ("model", "parameters") if name in known}
-        row = {"family": family, "backend": options.backend} | kept
-        return run_family(row, options.seconds, options.gibibytes)
+    def cost(name: str) -> int:
+        return max(int(row_of(name, each).get("multiply_adds", 0)) for each in BACKENDS)
 
-    # What takes long to import is imported once, not for each family.
-    multiprocessing.set_forkserver_preload(["__main__", "timm", "torch._dynamo"])
+    def is_done(row: Row) -> bool:
+        return "images" in row or row.get("passed") is False
+
+    names = zoo.architectures() if options.all else zoo.families()
+    todo = options.names or [name for name in names if not is_done(row_of(name, options.backend))]
+    # what takes long to import is imported once, not for each process
+    packages = ["timm", "torch._dynamo", "adadfq_plugin.backends.fx", "adadfq_plugin.backends.pt2e"]
+    multiprocessing.set_forkserver_preload(["__main__", *packages])
     with ThreadPoolExecutor(options.jobs) as pool:
-        for future in as_completed([pool.submit(run, family) for family in todo]):
+        limits = options.seconds, options.gibibytes
+        waiting = {pool.submit(run_limited, start(name), *limits): name for name in sorted(todo, key=cost)}
+        for future in as_completed(waiting):
             row = future.result()
-            rows[key(row["family"])] = row
-            ROWS.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-            write_table(rows)
-            figures = {key: row[key] for key in ("agreement", "integer_share", "reason") if key in row}
-            print(f"{row['family']:28} {row.get('model', ''):36} {row['seconds']:4} s  {figures}", flush=True)
+            rows[f"{waiting[future]} {options.backend}"] = row
+            store.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            write_table(rows, table)
+            print(
+                f"{row['family']:28} {row.get('model', ''):36} {row['seconds']:4} s  {shown(row)}", flush=True
+            )
+
+
+def shown(row: Row) -> str:
+    """A row in one line of the terminal."""
+    keys = ("images", "agreement", "relative_error", "quantization_error", "integer_share")
+    figures = [f"{key} {row[key]:.3g}" for key in keys if key in row]
+    return ", ".join([*figures, f"{row.get('stages', {})}", remark(row)])
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from adadfq_plugin import api
 from adadfq_plugin.config import AdaDFQSettings, Settings
 from adadfq_plugin.contracts import Method
 from adadfq_plugin.errors import AdaDFQError, ModelError, SettingsError, UnknownNameError
+from adadfq_plugin.teacher import refuse_nan
 
 pytestmark = pytest.mark.usefixtures("seeded")
 QUICK: dict[str, Any] = {
@@ -285,6 +286,19 @@ def test_one_class_and_nan_weights() -> None:
     with pytest.raises(ModelError, match=r"'conv2\.weight' holds NaN"):
         adadfq_plugin.calibrate(prepared, teacher=broken, settings=QUICK_G, **TOLD)
     assert models.same(before, models.state(prepared))
+
+
+def test_masks_and_bounds_may_be_infinite_but_statistics_may_not() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    model.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+    refuse_nan(model, buffers=True)
+    model.get_buffer("mask")[0] = torch.nan
+    with pytest.raises(ModelError, match="'mask' holds NaN"):
+        refuse_nan(model, buffers=True)
+    model.get_buffer("mask")[0] = 0.0
+    model.get_buffer("1.running_var")[0] = torch.inf
+    with pytest.raises(ModelError, match=r"'1\.running_var' holds NaN or infinite"):
+        refuse_nan(model, buffers=True)
 
 
 def test_nan_in_the_prepared_model_itself() -> None:

@@ -12,6 +12,7 @@ from torch.ao.quantization import disable_observer, enable_observer
 from torch.ao.quantization.fake_quantize import FakeQuantize
 from torch.ao.quantization.observer import MinMaxObserver
 
+from adadfq_plugin import fake_quantize as module
 from adadfq_plugin.backends.fx.fake_quantize import LearnedFakeQuantize, search_range
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -60,6 +61,13 @@ def test_forward_and_gradients_against_the_float64_twin(bits: int, shift: float)
     np.testing.assert_allclose(made.log_scale.grad.item(), for_log_scale, rtol=1e-3, atol=1e-3)
 
 
+def test_infinite_values_take_the_last_levels_of_the_others_range() -> None:
+    x = torch.tensor([-torch.inf, -1.0, 2.0, torch.inf])
+    made = quantizer(x)
+    assert made.scale.item() == pytest.approx(0.2)
+    torch.testing.assert_close(made(x), torch.tensor([-1.0, -1.0, 2.0, 2.0]))
+
+
 def test_per_channel_gradients_are_those_of_each_channel() -> None:
     weight = torch.randn(3, 4, 2, 2, requires_grad=True)
     made = per_channel(3)
@@ -103,6 +111,21 @@ def test_averages_round_their_ties_to_even() -> None:
     step = made.scale.item()
     ties = torch.tensor([0.5, 1.5, 2.5]) * step
     assert torch.equal((made(ties) / step).round(), torch.tensor([0.0, 2.0, 2.0]))
+
+
+def test_a_large_weight_is_searched_in_pieces_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(7, 30)
+    steps = []
+    for most in (2**18, 60, 1):  # in one piece, in pairs of rows, row by row
+        monkeypatch.setattr(module, "IN_CACHE", most)
+        made = per_channel()
+        made.sampling = True
+        made(weight)
+        made.search()
+        steps.append(made.scale)
+    assert len(steps[0]) == 7
+    assert torch.equal(steps[0], steps[1])
+    assert torch.equal(steps[0], steps[2])
 
 
 def test_search_is_never_worse_than_min_max() -> None:

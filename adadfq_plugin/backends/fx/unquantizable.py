@@ -10,6 +10,7 @@ import copy
 import operator
 import warnings
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -86,7 +87,8 @@ def unquantizable(traced: fx.GraphModule, mapping: QConfigMapping) -> list[CallS
     - a call without an integer kernel (bicubic interpolation): all calls of that function or method are left out;
     - a concatenation of tensors with different quantization parameters, which the integer kernel takes for equal ones:
       only that call is left out;
-    - a convolution whose integer kernel gives wrong numbers (some grouped ones in oneDNN): that module is left out.
+    - a convolution whose integer kernel gives wrong numbers (in oneDNN some grouped ones, and transposed ones with
+      other numbers of channels in and out): that module is left out.
 
     Args:
         traced: The result of `traceable`. It is not changed.
@@ -234,15 +236,32 @@ def _shares_parameters(tensors: Any) -> bool:
 
 
 def _kernel_error(module: nn.Module, value: Any, result: Any) -> float:
-    """Return by how much an integer convolution differs from the same one on the dequantized numbers."""
-    if not isinstance(module, nnq.Conv2d) or not (isinstance(result, Tensor) and result.is_quantized):
+    """Return by how much an integer layer differs from the same one on the dequantized numbers."""
+    exact_layer = next((layer for kind, layer in _LAYERS.items() if isinstance(module, kind)), None)
+    if exact_layer is None or not (isinstance(result, Tensor) and result.is_quantized):
         return 0.0
-    weight, bias = module.weight().dequantize(), module.bias()
-    geometry = (module.stride, module.padding, module.dilation, module.groups)
-    exact = nn.functional.conv2d(value.dequantize(), weight, bias, *geometry)
+    integer = cast(Any, module)
+    exact = exact_layer(value.dequantize(), integer.weight().dequantize(), integer.bias(), integer)
     limits = torch.iinfo(torch.uint8)
     bounds = (torch.tensor([limits.min, limits.max]) - result.q_zero_point()) * result.q_scale()
-    if type(module) is not nnq.Conv2d:  # fused with a ReLU
+    if type(module) not in _LAYERS:  # fused with a ReLU
         bounds[0] = max(float(bounds[0]), 0.0)
     exact = exact.clamp(*bounds.tolist())
     return float((result.dequantize() - exact).norm() / exact.norm().clamp(min=1e-12))
+
+
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, layer: Any) -> Tensor:
+    return nn.functional.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+
+
+def _transposed(x: Tensor, weight: Tensor, bias: Tensor | None, layer: Any) -> Tensor:
+    return nn.functional.conv_transpose2d(
+        x, weight, bias, layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation
+    )
+
+
+_LAYERS: dict[type[nn.Module], Callable[[Tensor, Tensor, Tensor | None, Any], Tensor]] = {
+    nnq.Conv2d: _convolution,
+    nnq.ConvTranspose2d: _transposed,
+}
+"""What an integer layer computes, on the dequantized numbers."""

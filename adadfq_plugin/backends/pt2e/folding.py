@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from adadfq_plugin.backends.pt2e.fake_quantize import is_quantizer
 from adadfq_plugin.backends.pt2e.graphs import (
@@ -128,8 +128,9 @@ def fold_batch_norm(model: GraphModule) -> None:
     .. math:: w' = w\,\gamma / \sigma, \qquad b' = (b - \mu)\,\gamma / \sigma + \beta
 
     torchao's fused form divides by :math:`\gamma / \sigma`; here a channel with :math:`\gamma = 0` is a channel
-    of zeros. A BatchNorm that stands elsewhere becomes a multiplication and an addition: where torchao's convert
-    finds one, it searches the graph for patterns of its own, for ten seconds and more.
+    of zeros. A BatchNorm that stands elsewhere becomes a multiplication and an addition, and one without running
+    statistics, as it standardises weights, its arithmetic: where torchao's convert finds one, it searches the graph
+    for patterns of its own, for ten seconds and more.
     """
     graph = model.graph
     for found in list(_normed_layers(model)):
@@ -157,7 +158,28 @@ def fold_batch_norm(model: GraphModule) -> None:
         norm.replace_all_uses_with(layer)
         graph.erase_node(norm)
     _make_affine(model)
+    for norm in list(graph.nodes):
+        if norm.target is BATCH_NORM and norm.args[3] is None:
+            _spell_out(graph, norm)
     tidy(model)
+
+
+def _spell_out(graph: Graph, norm: Node) -> None:
+    value, *affine = norm.args[:3]
+    places = [each for each in range(norm.meta["val"].ndim) if each != 1]
+    shape = [1 if each in places else -1 for each in range(norm.meta["val"].ndim)]
+    call = graph.call_function
+    with graph.inserting_before(norm):
+        centred = call(aten.sub.Tensor, (value, call(aten.mean.dim, (value, places, True))))
+        variance = call(aten.mean.dim, (call(aten.mul.Tensor, (centred, centred)), places, True))
+        scale = call(aten.rsqrt.default, (call(aten.add.Scalar, (variance, norm.args[7])),))
+        result = call(aten.mul.Tensor, (centred, scale))
+        for parameter, change in zip(affine, (aten.mul.Tensor, aten.add.Tensor), strict=True):
+            if parameter is not None:
+                result = call(change, (result, call(aten.reshape.default, (parameter, shape))))
+    result.meta = dict(norm.meta)
+    norm.replace_all_uses_with(result)
+    graph.erase_node(norm)
 
 
 def _make_affine(model: GraphModule) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import torch
@@ -26,6 +27,9 @@ __all__ = [
 
 aten: Any = torch.ops.aten
 DROPOUTS = (aten.dropout, aten.dropout_, aten.feature_dropout, aten.feature_dropout_, aten.alpha_dropout)
+RECURRENT = (aten.lstm, aten.gru, aten.rnn_tanh, aten.rnn_relu)
+SCATTERS = {aten.slice.Tensor: aten.slice_scatter.default, aten.select.int: aten.select_scatter.default}
+"""What a tensor is after one of its views was written to."""
 ATTENTION = aten.scaled_dot_product_attention.default
 GUARDS = "_guards_fn"
 """torch.export's check of input shapes, which would tie the graph to the example's."""
@@ -128,6 +132,8 @@ def use_eval_mode(model: GraphModule) -> None:
                 _set_argument(node, "training", False)
         elif node.target is ATTENTION:
             _set_argument(node, "dropout_p", 0.0)
+        elif node.target.overloadpacket in RECURRENT:
+            _set_argument(node, "train", False)
         elif node.target.overloadpacket in DROPOUTS:
             node.replace_all_uses_with(node.args[0])
             model.graph.erase_node(node)
@@ -153,6 +159,11 @@ def _is_view(node: Node) -> bool:
     return not schema.is_mutable and any(each.alias_info is not None for each in schema.returns)
 
 
+def _source(view: Node) -> Node:
+    assert isinstance(view.args[0], Node)
+    return view.args[0]
+
+
 def use_no_mutation(graph: Graph) -> None:
     """The out-of-place form of every in-place call: a gradient needs the values that they overwrite.
 
@@ -174,9 +185,49 @@ def use_no_mutation(graph: Graph) -> None:
         changed = node.args[0]
         if overload is None or not isinstance(changed, Node):
             raise ModelError(f"{node.name!r} ({target}) changes its input in place and has no other form")
-        if _is_view(changed) and any(places[user] > places[node] for user in changed.args[0].users):  # type: ignore[union-attr]
-            raise ModelError(f"{node.name!r} ({target}) changes a view in place whose source is used again")
         node.target = overload
-        for user in list(changed.users):
-            if places[user] > places[node]:
-                user.replace_input_with(changed, node)
+        _write(graph, places, changed, node)
+
+
+def _write(graph: Graph, places: dict[Node, int], changed: Node, value: Node) -> None:
+    """From its place on a value stands for a tensor, and what shares memory with that is made anew.
+
+    Raises:
+        ModelError: it shares memory by a kind of view that has no inverse.
+    """
+    place = places[value]
+    chain = [changed]
+    while _is_view(chain[-1]):
+        chain.append(_source(chain[-1]))
+
+    def later(node: Node) -> list[Node]:
+        return [user for user in node.users if places[user] > place]
+
+    def old_views(node: Node) -> list[Node]:
+        return [each for each in node.users if _is_view(each) and places[each] < place and each not in chain]
+
+    def is_used(node: Node) -> bool:
+        return bool(later(node)) or any(map(is_used, old_views(node)))
+
+    def made(after: Node, target: Any, args: tuple[Any, ...], like: Node) -> Node:
+        with graph.inserting_after(after):
+            node = graph.call_function(target, args)
+        node.meta, places[node] = dict(like.meta), place
+        return node
+
+    def renew(old: Node, new: Node) -> None:
+        for view in filter(is_used, old_views(old)):
+            renew(view, made(new, view.target, (new, *view.args[1:]), view))
+        for user in later(old):
+            user.replace_input_with(old, new)
+
+    whole = max(number for number, each in enumerate(chain) if number == 0 or is_used(each))
+    renew(changed, value)
+    for view, source in itertools.pairwise(chain[: whole + 1]):
+        if view.target not in SCATTERS:
+            raise ModelError(
+                f"{value.name!r} ({value.target}) changes a view in place whose source is used again: "
+                f"{view.name!r} ({view.target})"
+            )
+        value = made(value, SCATTERS[view.target], (source, value, *view.args[1:]), source)
+        renew(source, value)

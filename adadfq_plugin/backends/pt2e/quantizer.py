@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterator
 from typing import Any
@@ -157,9 +158,14 @@ def _is_float(node: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point() and not is_constant(node)
 
 
+def _pads_with_nothing(node: Node) -> bool:
+    """Whether a tensor is padded for a maximum, by minus infinity, which no level stands for."""
+    return node.target is aten.pad.default and node.args[2:] == ("constant", -math.inf)
+
+
 def _source(node: Node) -> Node:
     """The tensor whose values these are, in another shape."""
-    while node.target in RESHAPES:
+    while node.target in RESHAPES or _pads_with_nothing(node):
         assert isinstance(node.args[0], Node)
         node = node.args[0]
     return node
