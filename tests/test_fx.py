@@ -464,3 +464,40 @@ def test_layers_that_are_quantization_aware_by_hand_keep_their_batch_norm() -> N
     assert any(isinstance(each, nn.BatchNorm2d) for each in prepared.modules())
     with torch.no_grad():
         assert torch.equal(prepared.eval()(batch), calibrated)
+
+
+class Stream(nn.Module):
+    """Two residual sums in front of a LayerNorm, and one in front of a linear layer alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, 8, 4, stride=4)
+        self.one, self.two, self.three, self.four = (nn.Linear(8, 8) for _ in range(4))
+        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, models.CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        x = x + self.one(x)
+        x = torch.add(x, self.two(x))
+        x = self.three(self.norm(x))
+        x = x + self.four(x)
+        return cast(Tensor, self.head(x.mean(1)))
+
+
+def test_sums_that_a_layer_norm_reads_stay_in_float() -> None:
+    """Their outliers would decide the range of the whole stream; the other sum has its integer kernel."""
+    model, batch = Stream().eval(), models.images(64)
+    prepared: Any = FXBackend().prepare(model, models.SIZE, Scheme())
+    assert "3 calls stay in float: a stream of sums that LayerNorm reads" in FXPrepared(prepared).notes
+    opened = FXPrepared(prepared)
+    with torch.no_grad(), opened.phase(Phase.OBSERVE):
+        opened.module(batch)
+    opened.set_ranges("mse")
+    with torch.no_grad(), opened.phase(Phase.EVALUATE):
+        fake = opened.module(batch)
+    converted: Any = opened.convert()
+    kinds = [type(module).__name__ for module in converted.modules()]
+    assert kinds.count("LayerNorm") == 1
+    assert converted.code.count("ops.quantized.add(") == 1
+    with torch.no_grad():
+        assert (converted(batch) - fake).abs().mean() < 0.02 * fake.std()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from zipfile import ZIP_DEFLATED, ZipFile
 
@@ -17,8 +18,9 @@ from adadfq_plugin.backends.fx.fake_quantize import LearnedFakeQuantize
 from adadfq_plugin.backends.fx.kernels import best_engine, has_vnni, using_engine
 from adadfq_plugin.backends.fx.prepared import ENGINE, IN_FLOAT, FXPrepared, prepared_attributes
 from adadfq_plugin.backends.fx.qconfig import qconfig_mapping
+from adadfq_plugin.backends.fx.streams import REASON, normed_streams
 from adadfq_plugin.backends.fx.traceable import traceable
-from adadfq_plugin.backends.fx.unquantizable import leave_in_float
+from adadfq_plugin.backends.fx.unquantizable import CallSite, leave_in_float
 from adadfq_plugin.config import Scheme
 from adadfq_plugin.errors import DataError, ModelError, SettingsError
 
@@ -50,6 +52,16 @@ def _compress(source: Path, target: Path) -> None:
             new.writestr(item, old.read(item), ZIP_DEFLATED)
 
 
+def _sentences(sites: Sequence[CallSite]) -> Iterator[str]:
+    """What stays in float and why, one sentence for all of a kind."""
+    kinds: dict[tuple[str, str], int] = {}
+    for site in sites:
+        what = "calls" if site.reason == REASON else site.target
+        kinds[what, site.reason] = kinds.get((what, site.reason), 0) + 1
+    for (what, reason), count in kinds.items():
+        yield f"{count} {what} stay in float: {reason}" if count > 1 else f"{what} stays in float: {reason}"
+
+
 class FXBackend:
     """``prepare_qat_fx`` / ``prepare_fx`` and ``convert_fx``."""
 
@@ -73,7 +85,9 @@ class FXBackend:
         with using_engine(engine):
             traced = traceable(model, input_size)
             try:
-                traced, mapping, sites = leave_in_float(traced, qconfig_mapping(scheme))
+                traced, mapping, sites = leave_in_float(
+                    traced, qconfig_mapping(scheme), normed_streams(traced)
+                )
                 prepared: GraphModule = prepare_qat_fx(traced.train(), mapping, example)
             except (ModelError, SettingsError):
                 raise
@@ -85,7 +99,7 @@ class FXBackend:
                 setattr(prepared, name, copy.deepcopy(getattr(model, name)))
         prepared.meta["adadfq_input_size"] = tuple(input_size)
         prepared.meta[ENGINE] = engine
-        prepared.meta[IN_FLOAT] = [f"{site.target} stays in float: {site.reason}" for site in sites]
+        prepared.meta[IN_FLOAT] = list(_sentences(sites))
         return prepared
 
     def open(self, prepared: nn.Module) -> FXPrepared:

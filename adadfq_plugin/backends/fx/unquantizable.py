@@ -10,7 +10,7 @@ import copy
 import operator
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -27,7 +27,7 @@ from adadfq_plugin.backends.fx.traceable import INPUT_SIZE, KEPT_ATTRIBUTES
 from adadfq_plugin.contracts import Phase
 from adadfq_plugin.errors import UntraceableError
 
-__all__ = ["CallSite", "leave_in_float", "unquantizable"]
+__all__ = ["CallSite", "call_name", "leave_in_float", "unquantizable"]
 
 _MAX_TRIALS = 20
 _MAX_ERROR = 0.5  # relative; rounding to 8 bits is far below it, a wrong kernel far above
@@ -58,7 +58,7 @@ class CallSite:
 
 
 def leave_in_float(
-    traced: fx.GraphModule, mapping: QConfigMapping
+    traced: fx.GraphModule, mapping: QConfigMapping, known: Sequence[CallSite] = ()
 ) -> tuple[fx.GraphModule, QConfigMapping, list[CallSite]]:
     """Return what to prepare instead of ``traced`` and ``mapping``, so that the conversion runs and is right.
 
@@ -69,15 +69,18 @@ def leave_in_float(
     Args:
         traced: The result of `traceable`. It is not changed.
         mapping: The qconfigs. They are not changed.
+        known: Parts that are to stay in floating point whatever the trial says.
 
     Returns:
         A model with the parameters and buffers of ``traced`` itself, a new mapping, and the parts.
     """
-    sites = unquantizable(traced, mapping)
+    sites = unquantizable(traced, mapping, known)
     return *_without(sites, traced, mapping), sites
 
 
-def unquantizable(traced: fx.GraphModule, mapping: QConfigMapping) -> list[CallSite]:
+def unquantizable(
+    traced: fx.GraphModule, mapping: QConfigMapping, known: Sequence[CallSite] = ()
+) -> list[CallSite]:
     """Return the parts of a model that torch.ao would quantize, but whose conversion fails or computes something else.
 
     The model is prepared, converted and run on a copy, on random images, with the quantized engine that is set
@@ -93,6 +96,7 @@ def unquantizable(traced: fx.GraphModule, mapping: QConfigMapping) -> list[CallS
     Args:
         traced: The result of `traceable`. It is not changed.
         mapping: The qconfigs that the model will be prepared with. They are not changed.
+        known: Parts that are left out from the start; they come first in the result.
 
     Returns:
         The parts, in the order in which they were found.
@@ -100,15 +104,15 @@ def unquantizable(traced: fx.GraphModule, mapping: QConfigMapping) -> list[CallS
     Raises:
         UntraceableError: The conversion fails in a way that leaving out parts does not cure.
     """
-    sites = _integer_calls(traced)
+    sites = [*known, *_integer_calls(traced)]
     images = torch.randn(2, *traced.meta[INPUT_SIZE], generator=torch.Generator().manual_seed(0))
     like = next((p for p in traced.parameters() if p.is_floating_point()), images)
     for _ in range(_MAX_TRIALS):
         found = _trial(*_without(sites, traced, mapping), images.to(like))
         if not found:
             return sites
-        known = {(site.op, site.target, site.index) for site in sites}
-        again = [site for site in found if (site.op, site.target, site.index) in known]
+        before = {(site.op, site.target, site.index) for site in sites}
+        again = [site for site in found if (site.op, site.target, site.index) in before]
         if again:
             raise UntraceableError(
                 f"{again[0].target} cannot be converted, nor left in floating point: {again[0].reason}"
@@ -130,7 +134,7 @@ def _integer_calls(traced: fx.GraphModule) -> list[CallSite]:
     sites: list[CallSite] = []
     calls: dict[str, int] = defaultdict(int)
     for node in traced.graph.nodes:
-        name = _name(node)
+        name = call_name(node)
         index, calls[name] = calls[name], calls[name] + 1
         gives_tensor = node.op in ("call_function", "call_method") and "dtype" in node.meta
         if gives_tensor and any(map(is_integer, [node, *node.args])):
@@ -155,7 +159,7 @@ def _without(
     hidden = {(site.op, site.target, site.index) for site in sites}
     calls: dict[str, int] = defaultdict(int)
     for node in graph.nodes:
-        target = _name(node)
+        target = call_name(node)
         index, calls[target] = calls[target], calls[target] + 1
         if node.op != "call_module" and {(node.op, target, None), (node.op, target, index)} & hidden:
             node.op, node.target, node.args = "call_function", in_float, (target, *node.args)
@@ -164,7 +168,7 @@ def _without(
     return result, mapping
 
 
-def _name(node: fx.Node) -> str:
+def call_name(node: fx.Node) -> str:
     """Return what a node calls, by a name that hiding it in `in_float` does not change."""
     if node.target is in_float:
         return str(node.args[0])
@@ -209,7 +213,7 @@ class _Trial(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node; see the class."""
-        target = _name(n)
+        target = call_name(n)
         index, self._calls[target] = self._calls[target], self._calls[target] + 1
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         if n.target in _JOINING and not _shares_parameters(args[0] if args else kwargs["tensors"]):
@@ -227,7 +231,7 @@ class _Trial(fx.Interpreter):
         return result
 
     def _add(self, node: fx.Node, index: int | None, reason: str) -> None:
-        self.sites.append(CallSite(node.op, _name(node), index, reason))
+        self.sites.append(CallSite(node.op, call_name(node), index, reason))
 
 
 def _shares_parameters(tensors: Any) -> bool:
