@@ -395,9 +395,11 @@ def test_a_part_is_written_as_the_whole_with_another_part() -> None:
     use_no_mutation(graph.graph)
     graph.graph.lint()
     graph.recompile()
-    batch = models.images(2)
+    batch = models.images(2).requires_grad_()
     assert not any("_." in str(node.target) for node in graph.graph.nodes)
     assert torch.equal(graph(batch), Parts()(batch))
+    (found,) = torch.autograd.grad(graph(batch).sum(), batch)
+    assert torch.equal(found, torch.autograd.grad(Parts()(batch).sum(), batch)[0])
 
 
 def test_a_recurrent_layer_in_eval_mode_draws_no_random_numbers() -> None:

@@ -403,6 +403,34 @@ def test_global_averages_are_poolings_which_have_an_exact_kernel() -> None:
     torch.testing.assert_close(outputs(traced, images), outputs(Squeezed(), images))
 
 
+class Normalised(nn.Module):
+    """Attention without softmax: a sum that is small, never zero, is what the values are divided by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).relu()
+        total = x.sum(1, keepdim=True) + 1e-6
+        logits: Tensor = (x / total).mean((2, 3))
+        return logits
+
+
+def test_what_is_divided_by_is_not_rounded_to_zero() -> None:
+    traced = traceable(Normalised(), 12)
+    model, mapping, sites = leave_in_float(traced, seven_bits())
+    assert [(site.target, site.reason.split(",")[0]) for site in sites] == [
+        ("_operator.add", "gives a denominator")
+    ]
+    images = torch.randn(16, 3, 12, 12)
+    images[0] = 0  # every place but the border has the same small sum, or none
+    prepared = prepare_qat_fx(model.train(), mapping, (images,))
+    prepared(images * 100)
+    assert outputs(prepared.eval(), images).isfinite().all()
+    assert convert_fx(prepared)(images).isfinite().all()
+
+
 def test_suitable_models_have_no_unquantizable_parts() -> None:
     traced = traceable(timm.create_model("test_resnet"), 64)
     assert unquantizable(traced, seven_bits()) == []

@@ -33,6 +33,7 @@ _MAX_TRIALS = 20
 _MAX_ERROR = 0.5  # relative; rounding to 8 bits is far below it, a wrong kernel far above
 
 _JOINING = (torch.cat, torch.concat, torch.stack)
+_ARITHMETIC = (operator.add, operator.sub, operator.mul, torch.add, torch.sub, torch.mul)
 _LOWERED: dict[Any, Any] = {
     torch.ops.quantized.add: operator.add,
     torch.ops.quantized.mul: operator.mul,
@@ -84,9 +85,10 @@ def unquantizable(
     """Return the parts of a model that torch.ao would quantize, but whose conversion fails or computes something else.
 
     The model is prepared, converted and run on a copy, on random images, with the quantized engine that is set
-    (``torch.backends.quantized.engine``); parts that fail are left out, until nothing fails. Four things fail:
+    (``torch.backends.quantized.engine``); parts that fail are left out, until nothing fails. Five things fail:
 
     - a call on an integer tensor (indices, masks), which torch.ao takes for a floating-point one;
+    - a sum or product that something is divided by: it is not to be zero, as a rounded one may be;
     - a call without an integer kernel (bicubic interpolation): all calls of that function or method are left out;
     - a concatenation of tensors with different quantization parameters, which the integer kernel takes for equal ones:
       only that call is left out;
@@ -104,7 +106,7 @@ def unquantizable(
     Raises:
         UntraceableError: The conversion fails in a way that leaving out parts does not cure.
     """
-    sites = [*known, *_integer_calls(traced)]
+    sites = [*known, *_calls_in_float(traced)]
     images = torch.randn(2, *traced.meta[INPUT_SIZE], generator=torch.Generator().manual_seed(0))
     like = next((p for p in traced.parameters() if p.is_floating_point()), images)
     for _ in range(_MAX_TRIALS):
@@ -121,8 +123,8 @@ def unquantizable(
     raise UntraceableError(f"after {_MAX_TRIALS} trials something still cannot be converted: {sites[-1]}")
 
 
-def _integer_calls(traced: fx.GraphModule) -> list[CallSite]:
-    """Return the calls that take or give integer tensors."""
+def _calls_in_float(traced: fx.GraphModule) -> list[CallSite]:
+    """Return the calls that take or give integer tensors, and the sums and products that something is divided by."""
     tensors = {**dict(traced.named_parameters()), **dict(traced.named_buffers())}
 
     def is_integer(node: Any) -> bool:
@@ -139,7 +141,15 @@ def _integer_calls(traced: fx.GraphModule) -> list[CallSite]:
         gives_tensor = node.op in ("call_function", "call_method") and "dtype" in node.meta
         if gives_tensor and any(map(is_integer, [node, *node.args])):
             sites.append(CallSite(node.op, name, index, "works on integers"))
+        elif gives_tensor and node.target in _ARITHMETIC and any(_divides(user, node) for user in node.users):
+            sites.append(
+                CallSite(node.op, name, index, "gives a denominator, which may not be rounded to zero")
+            )
     return sites
+
+
+def _divides(call: fx.Node, by: fx.Node) -> bool:
+    return call.target is operator.truediv and call.args[1] is by
 
 
 def _without(

@@ -186,6 +186,11 @@ def use_no_mutation(graph: Graph) -> None:
         if overload is None or not isinstance(changed, Node):
             raise ModelError(f"{node.name!r} ({target}) changes its input in place and has no other form")
         node.target = overload
+        if overload is aten.copy.default:  # which has no gradient
+            with graph.inserting_before(node):
+                copied = graph.call_function(aten.expand_as.default, (node.args[1], changed))
+            copied.meta, places[copied] = dict(changed.meta), places[node]
+            node.target, node.args, node.kwargs = aten.clone.default, (copied,), {}
         _write(graph, places, changed, node)
 
 
