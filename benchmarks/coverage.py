@@ -300,7 +300,7 @@ def remark(row: Row) -> str:
     nudged = f"step sizes changed by a millionth: {row['nudged_agreement']:.0%}, {row['nudged_error']:.2f}"
     if row["nudged_error"] > row["relative_error"] / 2:
         return f"random weights amplify rounding ({nudged})"
-    return f"an integer kernel rounds otherwise ({nudged})"
+    return f"more than rounding, cause not found ({nudged})"
 
 
 def write_table(rows: dict[str, Row], path: Path) -> None:
