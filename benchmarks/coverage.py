@@ -282,7 +282,7 @@ def run_limited(known: Row, seconds: int, gibibytes: int) -> Row:
 
 def taken_by_auto(fx_row: Row | None, pt2e_row: Row | None) -> str | None:
     """The backend that ``auto`` takes the whole way: the second is tried where the first refuses to prepare."""
-    if fx_row and (fx_row["passed"] or fx_row["traced"]):
+    if fx_row and (fx_row["passed"] or fx_row.get("traced")):
         return "fx" if fx_row["passed"] else None
     return "pt2e" if pt2e_row and pt2e_row["passed"] else None
 
