@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -12,14 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from adadfq_plugin import functional
-from adadfq_plugin.config import Scheme, Settings, build, nearest
-from adadfq_plugin.contracts import Backend, Method, Outcome, Phase, Prepared, Progress, Task
+from adadfq_plugin.choice import (
+    AUTO,
+    NOTES,
+    backend_of,
+    backends,
+    method_settings,
+    methods,
+    prepare_with,
+    scheme_of,
+)
+from adadfq_plugin.config import Scheme, Settings
+from adadfq_plugin.contracts import Outcome, Phase, Prepared, Progress, Task
 from adadfq_plugin.dataset import SyntheticDataset
-from adadfq_plugin.errors import BrokenPluginError, ModelError, SettingsError, UnknownNameError
+from adadfq_plugin.errors import SettingsError
 from adadfq_plugin.history import History
 from adadfq_plugin.hooks import fork_rng, module_modes
-from adadfq_plugin.registry import Registry
-from adadfq_plugin.teacher import Facts, Teacher, find_facts, make_teacher, refuse_nan
+from adadfq_plugin.teacher import Facts, Teacher, device_of, find_facts, make_teacher, refuse_nan
 
 __all__ = [
     "AUTO",
@@ -34,12 +43,6 @@ __all__ = [
     "quantize",
     "synthesize",
 ]
-
-AUTO = "auto"
-"""The backend that takes the model: the first of ``PREFERRED``, then of any others."""
-PREFERRED = ("fx", "pt2e")
-NOTES = "adadfq_notes"
-"""Key of a prepared model's ``meta`` for sentences about how it was prepared."""
 
 
 @dataclass
@@ -93,117 +96,6 @@ class Evaluation:
     count: int
 
 
-def _method(value: object) -> Method:
-    made = value() if isinstance(value, type) else value
-    if not isinstance(made, Method):
-        raise TypeError(f"{value!r} has not all of name, summary, settings, presets, calibrate")
-    return made
-
-
-def _backend(value: object) -> Backend:
-    made = value() if isinstance(value, type) else value
-    if not isinstance(made, Backend):
-        raise TypeError(
-            f"{value!r} has not all of name, summary, suffix, recognises, prepare, open, save, load"
-        )
-    return made
-
-
-_METHODS: Registry[Method] = Registry("adadfq_plugin.methods", "method", validate=_method)
-_BACKENDS: Registry[Backend] = Registry("adadfq_plugin.backends", "backend", validate=_backend)
-
-
-def methods() -> Registry[Method]:
-    """The registered calibration methods, ours and third parties' alike."""
-    return _METHODS
-
-
-def backends() -> Registry[Backend]:
-    """The registered toolkits."""
-    return _BACKENDS
-
-
-def method_settings(
-    method: Method, settings: Settings | Mapping[str, Any] | None, preset: str | None
-) -> Settings:
-    """The settings that a method will run with: defaults, changed by the preset, changed by the settings.
-
-    Args:
-        method: a registered method.
-        settings: settings of the method's own class, or changes by name.
-        preset: name of one of the method's presets.
-
-    Raises:
-        UnknownNameError: a preset or setting that the method doesn't have.
-        SettingsError: values that can't be used.
-    """
-    if isinstance(settings, Settings):
-        if preset is not None:
-            raise SettingsError("pass settings as a mapping of changes when a preset is given too")
-        if not isinstance(settings, method.settings):
-            raise SettingsError(
-                f"method {method.name!r} takes {method.settings.__name__}, not {type(settings).__name__}"
-            )
-        return settings
-    values: dict[str, Any] = {}
-    if preset is not None:
-        if preset not in method.presets:
-            names = tuple(method.presets)
-            raise UnknownNameError(
-                f"method {method.name!r} has no preset {preset!r}{nearest(preset, names)} "
-                f"(it has: {', '.join(names) or 'none'})"
-            )
-        values.update(method.presets[preset])
-    values.update(settings or {})
-    return build(method.settings, values)
-
-
-def _scheme(scheme: Scheme | Mapping[str, Any] | None) -> Scheme:
-    return scheme if isinstance(scheme, Scheme) else build(Scheme, scheme or {})
-
-
-def _backend_of(model: nn.Module, name: str | None) -> Backend:
-    if name is not None:
-        return _BACKENDS.get(name)
-    for candidate in _BACKENDS.names():
-        with suppress(BrokenPluginError):  # without torchao there is no model of torchao
-            backend = _BACKENDS.get(candidate)
-            if backend.recognises(model):
-                return backend
-    raise ModelError(
-        f"{type(model).__name__} is not prepared: call prepare_qat_fx, prepare_qat_pt2e (or adadfq_plugin.prepare) "
-        f"first; known backends: {', '.join(_BACKENDS.names())}"
-    )
-
-
-def _prepare(
-    model: nn.Module, input_size: tuple[int, int, int], scheme: Scheme, name: str
-) -> tuple[nn.Module, Backend]:
-    """A prepared copy and the backend that made it; ``auto`` notes which one that is and why."""
-    if name != AUTO:
-        return (toolkit := _BACKENDS.get(name)).prepare(model, input_size, scheme), toolkit
-    refusals: dict[str, str] = {}
-    for candidate in (*PREFERRED, *(each for each in _BACKENDS.names() if each not in PREFERRED)):
-        try:
-            toolkit = _BACKENDS.get(candidate)
-            prepared = toolkit.prepare(model, input_size, scheme)
-            toolkit.open(prepared)
-        except SettingsError as error:
-            if not refusals:
-                raise
-            refusals[candidate] = str(error)
-        except (ModelError, BrokenPluginError) as error:
-            refusals[candidate] = str(error)
-        else:
-            why = "; ".join(f"{other} can't: {reason}" for other, reason in refusals.items())
-            note = f"backend 'auto' took {candidate!r}: {why or 'it comes first, and takes the model'}"
-            if isinstance(getattr(prepared, "meta", None), dict):
-                cast(Any, prepared).meta[NOTES] = [note]
-            return prepared, toolkit
-    reasons = "; ".join(f"{other}: {reason}" for other, reason in refusals.items())
-    raise ModelError(f"no backend takes {type(model).__name__}: {reasons}")
-
-
 def _silent(_phase: str, _step: int, _total: int, _figures: Mapping[str, float]) -> None:
     """Progress for callers who want none."""
 
@@ -233,7 +125,7 @@ def prepare(
     with module_modes(model, False):
         facts = find_facts(model, input_size=input_size)
     with fork_rng(0):  # toolkits initialise the modules that they build, to no effect
-        return _prepare(model, facts.input_size, _scheme(scheme), backend)[0]
+        return prepare_with(model, facts.input_size, scheme_of(scheme), backend)[0]
 
 
 def calibrate(
@@ -282,12 +174,12 @@ def calibrate(
         SettingsError: settings that can't be used.
         UnknownNameError: a name that nothing goes by.
     """
-    chosen = _METHODS.get(method)
+    chosen = methods().get(method)
     made = method_settings(chosen, settings, preset)
     if minutes is not None and not minutes > 0:
         raise SettingsError(f"minutes = {minutes!r} must be positive")
-    where = _device(device) if device is not None else _place(prepared)
-    toolkit = _backend_of(prepared, backend)
+    where = _device(device) if device is not None else device_of(prepared)
+    toolkit = backend_of(prepared, backend)
     with fork_rng(seed):
         opened = toolkit.open(prepared)
     refuse_nan(opened.module)
@@ -314,7 +206,7 @@ def calibrate(
         task = Task(frozen, opened, made, seed, where, progress or _silent, minutes)
         outcome = chosen.calibrate(task)
         figures = _figures(frozen, opened, outcome, where)
-        opened.module.to(_place(prepared)).to(memory_format=torch.contiguous_format)
+        opened.module.to(device_of(prepared)).to(memory_format=torch.contiguous_format)
         opened.commit()
     return Result(
         method=method,
@@ -341,10 +233,6 @@ def _device(device: torch.device | str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise SettingsError(f"device {str(device)!r} can't be used: {str(error).splitlines()[0]}") from error
     return where
-
-
-def _place(model: nn.Module) -> torch.device:
-    return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
 
 def _figures(teacher: Teacher, prepared: Prepared, outcome: Outcome, device: torch.device) -> dict[str, Any]:
@@ -400,12 +288,12 @@ def quantize(
         ModelError: a model that can't be prepared or calibrated.
         SettingsError: settings that can't be used.
     """
-    widths = _scheme(scheme)
-    method_settings(_METHODS.get(method), settings, preset)  # refuse before any work
+    widths = scheme_of(scheme)
+    method_settings(methods().get(method), settings, preset)  # refuse before any work
     with module_modes(model, False):
         facts = find_facts(model, input_size=input_size, num_classes=num_classes, mean=mean, std=std)
     with fork_rng(seed):
-        prepared, toolkit = _prepare(model, facts.input_size, widths, backend)
+        prepared, toolkit = prepare_with(model, facts.input_size, widths, backend)
     result = calibrate(
         prepared,
         teacher=model,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from adadfq_plugin.functional import (
     total_variation,
 )
 from adadfq_plugin.hooks import Call, capture_calls, capture_inputs
-from adadfq_plugin.teacher import Teacher
+from adadfq_plugin.teacher import Teacher, device_of
 
 __all__ = [
     "BNStatistics",
@@ -125,6 +125,42 @@ class BNStatistics:
             yield loss
 
 
+class _OfCalls:
+    """A loss of what the network calls; each call that counts weighs the same, and its value is to be large."""
+
+    name: str
+    names: frozenset[str]
+    """Functions that are watched."""
+    missing: str
+    """What a network lacks in which no call counts."""
+
+    def values(self, calls: Sequence[Call]) -> list[Tensor]:
+        """The value of each call that counts."""
+        raise NotImplementedError
+
+    def reason(self, model: nn.Module, images: Tensor) -> str | None:
+        """None where a trial shows a call that counts."""
+        with self._calls(model) as calls, torch.no_grad():
+            model(images)
+        return None if self.values(calls) else self.missing
+
+    @classmethod
+    def _calls(cls, model: nn.Module) -> AbstractContextManager[list[Call]]:
+        return capture_calls(model, cls.names)
+
+    @contextmanager
+    def watch(self, model: nn.Module) -> Iterator[Callable[[], Tensor]]:
+        """The loss over the most recent forward pass of ``model``."""
+        with self._calls(model) as calls:
+
+            def loss() -> Tensor:
+                values = self.values(calls)
+                calls.clear()  # they are as large as the network's graph
+                return -torch.stack(values).mean()
+
+            yield loss
+
+
 def _tokens(call: Call) -> Tensor | None:
     """Features of patches (N, T, D) from what an attention, a normalisation or a convolution returned."""
     x = call.output
@@ -139,52 +175,26 @@ def _tokens(call: Call) -> Tensor | None:
     return tokens if tokens.shape[1] >= LEAST_PATCHES else None
 
 
-class PatchSimilarity:
+class PatchSimilarity(_OfCalls):
     """Patches as unlike each other as those of real images (``patch_similarity_entropy``, to be large).
 
     Patches are what attention returns; in networks without it, what normalisations of single images return; in
-    networks without these, what convolutions return. Each call weighs the same.
+    networks without these, what convolutions return.
     """
 
     name = "patch_similarity"
+    names = frozenset({*ATTENTION, *NORMS, *CONVOLUTIONS})
+    missing = (
+        f"the network has no attention, normalisation or convolution over {LEAST_PATCHES} patches or more"
+    )
 
-    @staticmethod
-    def _patches(calls: Sequence[Call]) -> tuple[tuple[str, ...] | None, list[Tensor]]:
+    def values(self, calls: Sequence[Call]) -> list[Tensor]:
+        """The entropy of each call's patches."""
         for kind in (ATTENTION, NORMS, CONVOLUTIONS):
             found = [_tokens(call) for call in calls if call.name in kind]
             if known := [tokens for tokens in found if tokens is not None]:
-                return kind, known
-        return None, []
-
-    @staticmethod
-    def _calls(model: nn.Module) -> AbstractContextManager[list[Call]]:
-        return capture_calls(model, {*ATTENTION, *NORMS, *CONVOLUTIONS})
-
-    def kind(self, model: nn.Module, images: Tensor) -> tuple[str, ...] | None:
-        """The functions whose outputs hold a network's patches, by a trial."""
-        with self._calls(model) as calls, torch.no_grad():
-            model(images)
-        return self._patches(calls)[0]
-
-    def reason(self, model: nn.Module, images: Tensor) -> str | None:
-        """None where a trial shows patches."""
-        if self.kind(model, images) is None:
-            return f"the network has no attention, normalisation or convolution over {LEAST_PATCHES} patches or more"
-        return None
-
-    @contextmanager
-    def watch(self, model: nn.Module) -> Iterator[Callable[[], Tensor]]:
-        """The loss over the most recent forward pass of ``model``."""
-        with self._calls(model) as calls:
-
-            def loss() -> Tensor:
-                _, patches = self._patches(calls)
-                calls.clear()
-                return -torch.stack(
-                    [patch_similarity_entropy(each, pairs=PAIRS).mean() for each in patches]
-                ).mean()
-
-            yield loss
+                return [patch_similarity_entropy(tokens, pairs=PAIRS).mean() for tokens in known]
+        return []
 
 
 def _attention(call: Call) -> Tensor | None:
@@ -217,37 +227,17 @@ def _some(count: int, most: int) -> slice:
     return slice(None, None, -(-count // most))
 
 
-class HeadSimilarity:
+class HeadSimilarity(_OfCalls):
     """Heads that attend to the same places (``head_similarity``, to be large), over every attention."""
 
     name = "head_similarity"
+    names = frozenset({*ATTENTION, "softmax"})
+    missing = "the network has no attention of several heads"
 
-    @staticmethod
-    def _calls(model: nn.Module) -> AbstractContextManager[list[Call]]:
-        return capture_calls(model, {*ATTENTION, "softmax"})
-
-    @staticmethod
-    def _similarities(calls: Sequence[Call]) -> list[Tensor]:
+    def values(self, calls: Sequence[Call]) -> list[Tensor]:
+        """The similarity of each attention's heads."""
         maps = [_attention(call) for call in calls]
         return [head_similarity(each).mean() for each in maps if each is not None]
-
-    def reason(self, model: nn.Module, images: Tensor) -> str | None:
-        """None where a trial shows attention of several heads."""
-        with self._calls(model) as calls, torch.no_grad():
-            model(images)
-        return None if self._similarities(calls) else "the network has no attention of several heads"
-
-    @contextmanager
-    def watch(self, model: nn.Module) -> Iterator[Callable[[], Tensor]]:
-        """The loss over the most recent forward pass of ``model``."""
-        with self._calls(model) as calls:
-
-            def loss() -> Tensor:
-                similarities = self._similarities(calls)
-                calls.clear()
-                return -torch.stack(similarities).mean()
-
-            yield loss
 
 
 class _OfInput:
@@ -313,10 +303,8 @@ def choose_priors(settings: GeneratorSettings, teacher: Teacher) -> tuple[PriorS
         SettingsError: the network's statistics were left out and nothing takes their place.
     """
     model = teacher.model
-    like: Any = next(iter((*model.parameters(), *model.buffers())), torch.zeros(()))
-    images = torch.randn(2, *teacher.facts.input_size, generator=torch.Generator().manual_seed(0)).to(
-        like.device
-    )
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, *teacher.facts.input_size, generator=generator).to(device_of(model))
     statistics = BNStatistics(settings.bn_units == "relative")
     parts: list[tuple[float, Prior]] = [
         (settings.gamma, statistics),

@@ -18,6 +18,7 @@ __all__ = [
     "IMAGENET_STD",
     "Facts",
     "Teacher",
+    "device_of",
     "find_facts",
     "make_teacher",
     "multiply_adds",
@@ -169,14 +170,15 @@ def multiply_adds(model: nn.Module, input_size: Sequence[int]) -> int:
     handles = [each.register_forward_hook(count) for each in model.modules() if isinstance(each, kinds)]
     try:
         with torch.no_grad():
-            model(torch.zeros(1, *input_size, device=_device(model)))
+            model(torch.zeros(1, *input_size, device=device_of(model)))
     finally:
         for handle in handles:
             handle.remove()
     return total
 
 
-def _device(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's first tensor is; the CPU where it has none."""
     return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
 
@@ -192,7 +194,7 @@ def _left_by_timm(models: Sequence[nn.Module | None]) -> dict[str, Any]:
 def _logits_shape(model: nn.Module, input_size: Sequence[int]) -> tuple[int, ...]:
     """Shape of the output for two images; whatever the model raises comes through."""
     with torch.no_grad():
-        output = model(torch.zeros(2, *input_size, device=_device(model)))
+        output = model(torch.zeros(2, *input_size, device=device_of(model)))
     if not isinstance(output, Tensor):
         raise ModelError(f"the model returns {type(output).__name__}; wrap it so that it returns its logits")
     return tuple(output.shape)

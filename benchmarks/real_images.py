@@ -9,7 +9,6 @@ from typing import Any
 import rulers
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from adadfq_plugin.config import Settings
 from adadfq_plugin.contracts import Outcome, Task
@@ -41,13 +40,7 @@ class RealImages:
             raise SettingsError(f"samples = {samples}: there are {len(images)} real images")
         run = Run(replace(task, settings=settings.model_copy(update={"samples": samples})))
         batches = iter(images[torch.randperm(len(images), generator=run.rng)].split(run.plan.batch_size))
-
-        def draw() -> tuple[Tensor, Tensor, dict[str, float]]:
-            batch = next(batches)
-            with torch.no_grad():
-                return batch, task.teacher(batch.to(task.device)).argmax(1), {}
-
-        run.fill(draw)
+        run.fill(lambda: run.answered(next(batches)))
         run.observe()
         run.play()
         return run.outcome(self.name)

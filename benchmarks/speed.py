@@ -20,25 +20,22 @@ import torch
 from torch import nn
 
 import adadfq_plugin
+from adadfq_plugin.backends.fx import best_engine
+from adadfq_plugin.backends.pt2e import compiled
 from adadfq_plugin.report.facts import measure_latency
 
 
 def variants(
-    network: str, backends: list[str], scheme: adadfq_plugin.Scheme, **run: Any
+    model: nn.Module, facts: dict[str, Any], backends: list[str], **arguments: Any
 ) -> dict[str, nn.Module]:
     """The float network and what each backend makes of it."""
-    from adadfq_plugin.backends.fx import best_engine
-
-    model, facts = rulers.load(network)
     torch.backends.quantized.engine = best_engine()
-    made: dict[str, nn.Module] = {"float, eager": model, "float, compiled": _Compiled(model)}
+    made: dict[str, nn.Module] = {"float, eager": model, "float, compiled": compiled(model)}
     for backend in backends:
-        result = adadfq_plugin.quantize(model, scheme=scheme, backend=backend, **run, **facts)
+        result = adadfq_plugin.quantize(model, backend=backend, **arguments, **facts)
         assert result.quantized is not None
         made[f"{backend}, eager"] = result.quantized
         if backend == "pt2e":
-            from adadfq_plugin.backends.pt2e import compiled
-
             made[f"{backend}, compiled"] = compiled(result.quantized)
         else:
             example = torch.zeros(1, *facts["input_size"])
@@ -46,18 +43,6 @@ def variants(
                 torch.jit.trace(result.quantized.eval(), example)
             )
     return made
-
-
-class _Compiled(nn.Module):
-    """The float network as Inductor compiles it, frozen as the converted one is."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self._run: Any = torch.compile(model)
-
-    def forward(self, images: torch.Tensor) -> Any:
-        with torch.no_grad(), torch._inductor.config.patch(freezing=True):
-            return self._run(images)
 
 
 def top1(network: nn.Module, images: torch.Tensor, labels: torch.Tensor, batch: int) -> float:
@@ -82,7 +67,9 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     scheme = adadfq_plugin.Scheme(weight_bits=options.bits, activation_bits=options.bits)
-    made = variants(options.network, options.backends, scheme, seed=options.seed, minutes=options.minutes)
+    model, facts = rulers.load(options.network)
+    run = {"scheme": scheme, "seed": options.seed, "minutes": options.minutes}
+    made = variants(model, facts, options.backends, **run)
     accuracy: dict[str, str] = {}
     if rulers.ASSETS.is_dir():
         images, labels = rulers.images(options.network)
@@ -90,7 +77,6 @@ def main() -> None:
             name: f"{100 * top1(each, images, labels, max(options.batches)):.2f}"
             for name, each in made.items()
         }
-    _, facts = rulers.load(options.network)
     columns: dict[int, Mapping[str, float]] = {}
     for batch in options.batches:
         example = torch.randn(batch, *facts["input_size"], generator=torch.Generator().manual_seed(0))

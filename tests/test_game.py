@@ -307,6 +307,25 @@ def test_a_batch_in_pieces_teaches_the_same() -> None:
         assert torch.allclose(a - start, b - start, rtol=1e-2, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [None, 3])
+def test_what_a_batch_says_nothing_of_is_left_alone(size: int | None) -> None:
+    opened, batch = FXPrepared(models.prepared(8)), models.images(7)
+    with torch.no_grad(), opened.phase(Phase.OBSERVE):
+        opened.module(batch)
+    opened.set_ranges("mse")
+    settings = Settings(optimizer="sgd", learning_rate=0.1, weight_decay=0.5, feature_weight=0.0)
+    pace = Pace(1)
+    learner = QuantizedPlayer(opened, models.teacher(), settings, pace)
+    unused, used = nn.Parameter(torch.ones(3)), opened.weights()[0].detach().clone()
+    learner.parameters.append(unused)
+    learner.optimizer.param_groups[0]["params"].append(unused)
+    with learner.learning():
+        for _ in pace:
+            learner.learn(batch, size)
+    assert torch.equal(unused, torch.ones(3))  # no gradient is no step, and no decay either
+    assert not torch.equal(opened.weights()[0], used)
+
+
 def test_facts_by_trial() -> None:
     class Fixed(nn.Module):
         def __init__(self) -> None:

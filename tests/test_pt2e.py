@@ -581,7 +581,7 @@ def test_without_torchao_the_rest_works(tmp_path: Path) -> None:
         "    try:\n        call()\n    except errors.AdaDFQError as error:\n        print(error)\n"
         "reason(lambda: api.backends().get('pt2e'))\n"
         "reason(lambda: adadfq_plugin.calibrate(models.trained()))\n"
-        "print(api._backend_of(models.prepared(), None).name)\n"
+        "from adadfq_plugin import choice\nprint(choice.backend_of(models.prepared(), None).name)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     first, second, third = done.stdout.splitlines()

@@ -44,7 +44,7 @@ class GeneratorPlayer:
         device: where to run.
 
     Raises:
-        ModelError: the teacher admits no prior that knows its training images.
+        ModelError: the teacher was never trained, or doesn't admit a prior that was asked for.
     """
 
     def __init__(

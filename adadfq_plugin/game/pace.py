@@ -79,14 +79,15 @@ def make_plan(settings: Settings, teacher: Teacher, bits: int, minutes: float | 
     batch = settings.batch_size or (64 if small else 16)
     generator_batch, warmup, refine = batch, 0, 0
     slow = max(1.0, batch * teacher.macs / CHEAP)
-    statistics = bool(batch_norms(teacher.model))  # without, images start from natural noise
     if isinstance(settings, GeneratorSettings):
         generator_batch = settings.generator_batch_size or (batch if small else min(batch, LARGE_BATCH))
-        warmup = settings.warmup_steps if settings.warmup_steps is not None else WARMUP[bits]
-        if settings.warmup_steps is None:
-            warmup = max(LEAST_WARMUP, round(warmup / slow / (1 if statistics else 4)))
+        statistics = bool(batch_norms(teacher.model))  # without, images start from natural noise
+        warmup = max(LEAST_WARMUP, round(WARMUP[bits] / slow / (1 if statistics else 4)))
         refine = REFINE[bits] // (1 if statistics else 2)
-        refine = settings.refine_steps if settings.refine_steps is not None else refine
+        if settings.warmup_steps is not None:
+            warmup = settings.warmup_steps
+        if settings.refine_steps is not None:
+            refine = settings.refine_steps
     steps = settings.steps if settings.steps is not None else max(LEAST_STEPS, round(STEPS[bits] / slow))
     samples = settings.samples or (1024 if small else 64)
     names = {"warmup": "warmup_steps", "samples": "refine_steps", "game": "steps"}

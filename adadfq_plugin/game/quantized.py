@@ -143,14 +143,16 @@ class QuantizedPlayer:
             images: (N, C, H, W).
             size: images whose graph is kept at a time; None: all. Graphs of large images are what fills the memory.
         """
-        total, gradients = 0.0, [torch.zeros_like(each) for each in self.parameters]
+        total = 0.0
+        gradients: list[Tensor | None] = [None] * len(self.parameters)
         for piece in images.split(size or len(images)):
             z_p = self.answers(piece)
             loss = self.loss(z_p, self.prepared.module(piece)) * (len(piece) / len(images))
             found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-            for gradient, more in zip(gradients, found, strict=True):
-                if more is not None:
-                    gradient.add_(more)
+            gradients = [
+                old if more is None else more if old is None else old + more
+                for old, more in zip(gradients, found, strict=True)
+            ]
             total += loss.item()
         self.update(gradients)
         return total

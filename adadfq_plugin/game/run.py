@@ -84,6 +84,11 @@ class Run:
                 self.pool.add(images[:missing], labels[:missing])
                 self._report("samples", len(self.pool), self.plan.samples, dict(figures))
 
+    @torch.no_grad()
+    def answered(self, images: Tensor) -> tuple[Tensor, Tensor, Mapping[str, float]]:
+        """Images that nobody labelled, as a batch for :meth:`fill`: P's own answers are their labels."""
+        return images, self.task.teacher(images.to(self.task.device)).argmax(1), {}
+
     def observe(self) -> None:
         """The observers see the pool; then the ranges are set."""
         prepared, settings = self.task.prepared, self.task.settings

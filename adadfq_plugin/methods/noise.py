@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from adadfq_plugin.config import Settings
 from adadfq_plugin.contracts import Outcome, Task
@@ -26,13 +25,8 @@ class Noise:
     def calibrate(self, task: Task) -> Outcome:
         """Ranges, training of Q on noise."""
         run = Run(task, views=False)  # a view of noise is another, smoother noise
-
-        def draw() -> tuple[Tensor, Tensor, dict[str, float]]:
-            images = torch.randn(run.plan.batch_size, *task.teacher.facts.input_size, generator=run.rng)
-            with torch.no_grad():
-                return images, task.teacher(images.to(task.device)).argmax(1), {}
-
-        run.fill(draw)
+        shape = (run.plan.batch_size, *task.teacher.facts.input_size)
+        run.fill(lambda: run.answered(torch.randn(shape, generator=run.rng)))
         run.observe()
         run.play()
         return run.outcome(self.name)

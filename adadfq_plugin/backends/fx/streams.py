@@ -1,19 +1,15 @@
-"""Residual streams that LayerNorm reads: their sums stay in floating point, as they do on the other toolkit.
-
-Their outliers decide the range: at 4 bits the sums alone cost a vision transformer more than all its weights.
-"""
+"""Which calls of a traced model belong to a residual stream that LayerNorm reads; they stay in floating point."""
 
 import operator
-from collections import defaultdict
-from collections.abc import Iterator
 
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from adadfq_plugin.backends.fx.unquantizable import CallSite, call_name
+from adadfq_plugin.backends.fx.unquantizable import CallSite, numbered
+from adadfq_plugin.streams import normed_sums, readers
 
-__all__ = ["normed_streams"]
+__all__ = ["REASON", "normed_streams"]
 
 SUMS = (operator.add, torch.add, operator.mul, torch.mul, "add", "mul")
 NORMS = (nn.LayerNorm, nn.RMSNorm)
@@ -32,35 +28,25 @@ def normed_streams(traced: fx.GraphModule) -> list[CallSite]:
     Args:
         traced: the result of `traceable`.
     """
-    found: set[fx.Node] = set()
-    for node in reversed(traced.graph.nodes):
-        if _called(traced, node) in SUMS and "dtype" in node.meta:
-            readers = list(_readers(traced, node))
-            if any(each in found or _is_norm(traced, each) for each in readers):
-                found |= {node, *(each for each in readers if _is_norm(traced, each))}
-    sites, calls = [], defaultdict[str, int](int)
-    for node in traced.graph.nodes:
-        name = call_name(node)
-        index, calls[name] = calls[name], calls[name] + 1
-        if node in found:
-            sites.append(CallSite(node.op, name, None if node.op == "call_module" else index, REASON))
-    return sites
 
+    def called(node: fx.Node) -> object:
+        """The function, the method's name, or the module's class."""
+        return type(traced.get_submodule(str(node.target))) if node.op == "call_module" else node.target
 
-def _called(traced: fx.GraphModule, node: fx.Node) -> object:
-    """The function, the method's name, or the module's class."""
-    return type(traced.get_submodule(str(node.target))) if node.op == "call_module" else node.target
+    def is_sum(node: fx.Node) -> bool:
+        return called(node) in SUMS and "dtype" in node.meta
 
+    def is_norm(node: fx.Node) -> bool:
+        what = called(node)
+        return what in NORM_CALLS or (isinstance(what, type) and issubclass(what, NORMS))
 
-def _is_norm(traced: fx.GraphModule, node: fx.Node) -> bool:
-    called = _called(traced, node)
-    return called in NORM_CALLS or (isinstance(called, type) and issubclass(called, NORMS))
+    def is_reshape(node: fx.Node) -> bool:
+        return called(node) in RESHAPES
 
-
-def _readers(traced: fx.GraphModule, node: fx.Node) -> Iterator[fx.Node]:
-    """What reads a tensor, in whatever shape."""
-    for user in node.users:
-        if _called(traced, user) in RESHAPES:
-            yield from _readers(traced, user)
-        else:
-            yield user
+    sums = normed_sums(traced.graph, is_sum=is_sum, is_norm=is_norm, is_reshape=is_reshape)
+    found = sums | {each for node in sums for each in readers(node, is_reshape) if is_norm(each)}
+    return [
+        CallSite(node.op, name, None if node.op == "call_module" else index, REASON)
+        for node, name, index in numbered(traced.graph)
+        if node in found
+    ]

@@ -10,7 +10,7 @@ import copy
 import operator
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -27,7 +27,7 @@ from adadfq_plugin.backends.fx.traceable import INPUT_SIZE, KEPT_ATTRIBUTES
 from adadfq_plugin.contracts import Phase
 from adadfq_plugin.errors import UntraceableError
 
-__all__ = ["CallSite", "call_name", "leave_in_float", "unquantizable"]
+__all__ = ["CallSite", "leave_in_float", "numbered", "unquantizable"]
 
 _MAX_TRIALS = 20
 _MAX_ERROR = 0.5  # relative; rounding to 8 bits is far below it, a wrong kernel far above
@@ -134,10 +134,7 @@ def _calls_in_float(traced: fx.GraphModule) -> list[CallSite]:
         return dtype is not None and not (dtype.is_floating_point or dtype.is_complex)
 
     sites: list[CallSite] = []
-    calls: dict[str, int] = defaultdict(int)
-    for node in traced.graph.nodes:
-        name = call_name(node)
-        index, calls[name] = calls[name], calls[name] + 1
+    for node, name, index in numbered(traced.graph):
         gives_tensor = node.op in ("call_function", "call_method") and "dtype" in node.meta
         if gives_tensor and any(map(is_integer, [node, *node.args])):
             sites.append(CallSite(node.op, name, index, "works on integers"))
@@ -167,10 +164,7 @@ def _without(
         if site.op == "call_module":
             mapping.set_module_name(site.target, None)
     hidden = {(site.op, site.target, site.index) for site in sites}
-    calls: dict[str, int] = defaultdict(int)
-    for node in graph.nodes:
-        target = call_name(node)
-        index, calls[target] = calls[target], calls[target] + 1
+    for node, target, index in numbered(graph):
         if node.op != "call_module" and {(node.op, target, None), (node.op, target, index)} & hidden:
             node.op, node.target, node.args = "call_function", in_float, (target, *node.args)
             node.meta["is_wrapped"] = True
@@ -178,7 +172,16 @@ def _without(
     return result, mapping
 
 
-def call_name(node: fx.Node) -> str:
+def numbered(graph: fx.Graph) -> Iterator[tuple[fx.Node, str, int]]:
+    """Yield each node with the name of what it calls and which of the calls of that name it is."""
+    calls: dict[str, int] = defaultdict(int)
+    for node in graph.nodes:
+        name = _name(node)
+        yield node, name, calls[name]
+        calls[name] += 1
+
+
+def _name(node: fx.Node) -> str:
     """Return what a node calls, by a name that hiding it in `in_float` does not change."""
     if node.target is in_float:
         return str(node.args[0])
@@ -211,7 +214,7 @@ class _Trial(fx.Interpreter):
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
         self.sites: list[CallSite] = []
-        self._calls: dict[str, int] = defaultdict(int)
+        self._places = {node: index for node, _, index in numbered(module.graph)}
 
     def run_nodes(self, images: Tensor) -> None:
         """Run all nodes. `fx.Interpreter.run` would start the thread of a progress bar."""
@@ -223,8 +226,7 @@ class _Trial(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node; see the class."""
-        target = call_name(n)
-        index, self._calls[target] = self._calls[target], self._calls[target] + 1
+        index = self._places[n]
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         if n.target in _JOINING and not _shares_parameters(args[0] if args else kwargs["tensors"]):
             self._add(n, index, "joins tensors with different quantization parameters")
@@ -241,7 +243,7 @@ class _Trial(fx.Interpreter):
         return result
 
     def _add(self, node: fx.Node, index: int | None, reason: str) -> None:
-        self.sites.append(CallSite(node.op, call_name(node), index, reason))
+        self.sites.append(CallSite(node.op, _name(node), index, reason))
 
 
 def _shares_parameters(tensors: Any) -> bool:

@@ -18,6 +18,7 @@ from adadfq_plugin.backends.pt2e.graphs import aten, is_constant
 from adadfq_plugin.config import Scheme
 from adadfq_plugin.errors import SettingsError
 from adadfq_plugin.fake_quantize import largest_weight
+from adadfq_plugin.streams import normed_sums
 
 __all__ = ["SchemeQuantizer"]
 
@@ -173,18 +174,12 @@ def _source(node: Node) -> Node:
 
 def _normed_sums(model: GraphModule) -> set[Node]:
     """Sums that a LayerNorm reads, directly or after further sums."""
-    found: set[Node] = set()
-    for node in reversed(model.graph.nodes):
-        if node.target in SUMS:
-            users = [user for user in _users(node) if user.target in NORMS or user in found]
-            if users:
-                found.add(node)
-    return found
-
-
-def _users(node: Node) -> Iterator[Node]:
-    for user in node.users:
-        yield from _users(user) if user.target in (*RESHAPES, operator.getitem) else (user,)
+    return normed_sums(
+        model.graph,
+        is_sum=lambda node: node.target in SUMS,
+        is_norm=lambda node: node.target in NORMS,
+        is_reshape=lambda node: node.target in (*RESHAPES, operator.getitem),
+    )
 
 
 def _operands(node: Node, normed: set[Node]) -> list[Any]:

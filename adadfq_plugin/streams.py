@@ -1,0 +1,37 @@
+"""Residual streams in a graph of torch.fx, whichever toolkit wrote it.
+
+The outliers of a stream that LayerNorm reads would decide its range: at 4 bits its sums alone cost a vision
+transformer more than all its weights. Backends leave them in float.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from torch.fx import Graph, Node
+
+__all__ = ["normed_sums", "readers"]
+
+Test = Callable[[Node], bool]
+
+
+def normed_sums(graph: Graph, *, is_sum: Test, is_norm: Test, is_reshape: Test) -> set[Node]:
+    """The sums that a LayerNorm reads, directly or after further sums.
+
+    Args:
+        graph: its nodes in the order in which they run.
+        is_sum: whether a node adds or scales.
+        is_norm: whether it normalises each token by itself.
+        is_reshape: whether its values are those of its input, in another shape.
+    """
+    found: set[Node] = set()
+    for node in reversed(graph.nodes):
+        if is_sum(node) and any(is_norm(each) or each in found for each in readers(node, is_reshape)):
+            found.add(node)
+    return found
+
+
+def readers(node: Node, is_reshape: Test) -> Iterator[Node]:
+    """What reads a tensor, in whatever shape."""
+    for user in node.users:
+        yield from readers(user, is_reshape) if is_reshape(user) else (user,)
