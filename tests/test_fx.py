@@ -501,3 +501,40 @@ def test_sums_that_a_layer_norm_reads_stay_in_float() -> None:
     assert converted.code.count("ops.quantized.add(") == 1
     with torch.no_grad():
         assert (converted(batch) - fake).abs().mean() < 0.02 * fake.std()
+
+
+class Again(nn.Module):
+    """A layer and an activation that are called twice, the second time on values 20 times as large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, bias=False)
+        self.act = nn.Hardswish()
+        self.small, self.large = nn.Linear(8, models.CLASSES), nn.Linear(8, models.CLASSES)
+        with torch.no_grad():
+            self.conv.weight *= 20
+            self.large.weight /= 20
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.conv(self.stem(x)))
+        logits: Tensor = self.small(x.mean((2, 3)))
+        return logits + cast(Tensor, self.large(self.act(self.conv(x)).mean((2, 3))))
+
+
+@pytest.mark.parametrize("qat", [True, False])
+def test_each_call_of_a_layer_has_a_scale_of_its_own(qat: bool) -> None:
+    """torch.ao keeps one scale in an integer module; of the other calls the values were saturated, or all alike."""
+    model, batch = Again(), models.images(32)
+    mapping = qconfig_mapping(Scheme()) if qat else users_mapping(8, observers=True)
+    prepare = prepare_qat_fx if qat else prepare_fx
+    prepared = prepare(model.train(qat), mapping, EXAMPLE)
+    opened = FXBackend().open(prepared)
+    assert any("1 repeated call of a layer" in note for note in opened.notes)  # the activation has no weights
+    observed(opened, batch)
+    with torch.no_grad():
+        with opened.phase(Phase.EVALUATE):
+            fake = opened.module(batch)  # without quantization where there are observers only
+        converted = opened.convert()(batch)
+        assert (fake - converted).abs().mean() <= (0.01 if qat else 0.05) * fake.std()
+        opened.commit()
+        assert torch.equal(convert_fx(prepared.eval())(batch), converted)

@@ -1,6 +1,7 @@
 """The FX-friendly rewrite: exact, for any batch size, and torch.ao takes it."""
 
 import copy
+import operator
 from typing import Any, cast
 
 import pytest
@@ -429,6 +430,41 @@ def test_what_is_divided_by_is_not_rounded_to_zero() -> None:
     prepared(images * 100)
     assert outputs(prepared.eval(), images).isfinite().all()
     assert convert_fx(prepared)(images).isfinite().all()
+
+
+class Rescaled(nn.Module):
+    """Pixels from a range of 1 to one of 255, as a stem that computes with colours has them; and a sum in a loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        total: Any = 0
+        for each in (x, x.relu()):
+            total = total + each
+        logits: Tensor = self.head(((total * 255 + 64) * 1.0 - 64).mean((2, 3)) / 255)
+        return logits
+
+
+def test_a_product_with_a_number_does_not_share_the_levels_of_its_tensor() -> None:
+    """Of the 256 levels of [-200, 400] torch.ao leaves one or two to the values before they are scaled."""
+    model, images = Rescaled(), torch.randn(16, 3, 12, 12)
+    traced = traceable(model, 12)
+    torch.testing.assert_close(outputs(traced, images), outputs(model, images))
+    arithmetic = [node.args[1] for node in traced.graph.nodes if node.target in (operator.add, operator.mul)]
+    assert [each for each in arithmetic if not isinstance(each, fx.Node)] == [255, 64]  # not 0, not 1
+    sites = unquantizable(traced, seven_bits())
+    assert [(site.target, site.index) for site in sites] == [("_operator.mul", 0), ("_operator.add", 1)]
+    opened = FXBackend().open(FXBackend().prepare(model, (3, 12, 12), Scheme()))
+    with torch.no_grad(), opened.phase(Phase.OBSERVE):
+        expected = opened.module(images)
+    opened.set_ranges()
+    with torch.no_grad(), opened.phase(Phase.EVALUATE):
+        fake = opened.module(images)
+    assert (fake - expected).abs().mean() < 0.1 * expected.std()
+    assert (opened.convert()(images) - fake).abs().mean() < 0.02 * fake.std()
 
 
 def test_suitable_models_have_no_unquantizable_parts() -> None:

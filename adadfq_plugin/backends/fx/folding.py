@@ -1,8 +1,9 @@
-"""Exact rewrites of a prepared FX model: BatchNorm folded into the weights, and the way back to float."""
+"""Exact rewrites of a prepared FX model: a module for each call, BatchNorm folded, and the way back to float."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ from torch.ao.quantization.observer import ObserverBase
 from torch.fx import GraphModule
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
-__all__ = ["float_copy", "fold_batch_norm", "is_quantizer", "replace_module", "sites"]
+__all__ = ["float_copy", "fold_batch_norm", "is_quantizer", "replace_module", "separate_calls", "sites"]
 
 # fused and folded class of each QAT class that still holds a BatchNorm
 FOLDED: dict[type[nn.Module], tuple[type[nn.Module], type[nn.Module]]] = {
@@ -58,6 +59,35 @@ def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
     """Puts ``new`` in the place ``path``."""
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, new)
+
+
+def separate_calls(model: GraphModule) -> dict[str, str]:
+    """Gives each further call of a module a copy of its own, in place.
+
+    torch.ao keeps one scale of the output in an integer module, whatever number of quantizers stand behind its calls.
+
+    Args:
+        model: a prepared model.
+
+    Returns:
+        the name of the module that each copy was made of.
+    """
+    names = {path for path, _ in sites(model)}
+    called: set[int] = set()
+    origins: dict[str, str] = {}
+    for node in model.graph.nodes:
+        module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if module is None or is_quantizer(module):
+            continue
+        if id(module) in called:
+            path = str(node.target)
+            name = next(name for i in itertools.count(1) if (name := f"{path}_{i}") not in names)
+            names.add(name)
+            replace_module(model, name, copy.deepcopy(module))
+            node.target, origins[name] = name, path
+        called.add(id(module))
+    model.recompile()
+    return origins
 
 
 def _plain(module: nn.Module, kind: type[nn.Module]) -> nn.Module:

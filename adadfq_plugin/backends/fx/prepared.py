@@ -18,7 +18,14 @@ from torch.fx import GraphModule, Node
 
 from adadfq_plugin.backends.fx.clamps import absorb_clamps
 from adadfq_plugin.backends.fx.fake_quantize import LearnedFakeQuantize
-from adadfq_plugin.backends.fx.folding import float_copy, fold_batch_norm, is_quantizer, replace_module, sites
+from adadfq_plugin.backends.fx.folding import (
+    float_copy,
+    fold_batch_norm,
+    is_quantizer,
+    replace_module,
+    separate_calls,
+    sites,
+)
 from adadfq_plugin.backends.fx.kernels import GROUPS, adds_in_16_bits, has_vnni, largest_weight, using_engine
 from adadfq_plugin.contracts import Phase
 from adadfq_plugin.errors import ModelError
@@ -82,6 +89,14 @@ class FXPrepared:
         self.engine: str = original.meta.get(ENGINE, torch.backends.quantized.engine)
         self.module: GraphModule = copy.deepcopy(original)
         self.trainable = bool(prepared_attributes(original).is_qat)
+        self.origins = separate_calls(self.module)
+        """What module each copy was made of, by name; each call has a module of its own."""
+        copies = sum(any(True for _ in self.module.get_submodule(name).parameters()) for name in self.origins)
+        if copies:
+            what = "calls of layers have copies" if copies > 1 else "call of a layer has a copy"
+            self.notes.append(
+                f"{copies} repeated {what} of the weights: an integer layer has one scale of its output"
+            )
         fold_batch_norm(self.module)
         self.lowest_bits = 8
         """Narrowest weight or activation that was asked for, in bits; 8 where torch.ao's observers decide."""

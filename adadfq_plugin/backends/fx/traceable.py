@@ -6,6 +6,7 @@ a `torch.fx.GraphModule` of standard `torch.nn` modules and torch functions that
 """
 
 import copy
+import operator
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ INPUT_SIZE = "adadfq_input_size"
 KEPT_ATTRIBUTES = ("pretrained_cfg", "default_cfg", "num_classes", "num_features")
 """Attributes of a timm model that `traceable` keeps where there are any."""
 
+_NEUTRAL: dict[Any, int] = {operator.add: 0, operator.mul: 1}
 _BATCHES = (2, 3)
 _TOLERANCE = 1e-3  # of the largest output; the rewrite is exact but for the order of sums
 _WAY_OUT = "Rewrite or replace this module, or quantize the model through torch.export (PT2E)."
@@ -35,8 +37,9 @@ def traceable(model: nn.Module, input_size: tuple[int, ...] | int, *, check: boo
     The model runs once, and what it does with its input becomes the graph. Python control flow takes the path that it
     takes for this input size; the batch size stays free. What does not depend on the input (relative position biases,
     standardised weights) is computed once. Functional calls on a module's own weights become standard modules under
-    the module's name, zero padding goes into the convolution where it is symmetric, dropout and in-place changes
-    go away. Parameters and buffers keep their names and values, except those that such a constant was computed from.
+    the module's name, zero padding goes into the convolution where it is symmetric, dropout, in-place changes
+    and sums with zero go away. Parameters and buffers keep their names and values, except those that such a constant
+    was computed from.
 
     The result is in the model's training mode as a whole, and BatchNorm learns its statistics in training mode.
     Its ``meta["adadfq_input_size"]`` is the input size, and timm's ``pretrained_cfg``, ``default_cfg``,
@@ -75,6 +78,7 @@ def traceable(model: nn.Module, input_size: tuple[int, ...] | int, *, check: boo
         trace.run(value, twin)
     except Exception as error:
         raise UntraceableError(_explain(private, trace.path, size, error)) from error
+    _drop_neutral(trace.graph)
     fold_padding(trace.graph, trace.attributes)
     _separate_nested_targets(trace.graph, trace.attributes)
     for attribute in trace.attributes.values():
@@ -101,6 +105,18 @@ def _explain(model: nn.Module, path: str, size: tuple[int, ...], error: Exceptio
     where = f"module {path!r} ({type(model.get_submodule(path)).__name__})" if path else type(model).__name__
     reason = str(error) if isinstance(error, Refusal) else f"{type(error).__name__}: {error}"
     return f"{where} cannot be traced for inputs of size {size}: {reason}. {_WAY_OUT}"
+
+
+def _drop_neutral(graph: fx.Graph) -> None:
+    """Remove sums with the number zero and products with one: the first step of a sum in a loop."""
+    for node in list(graph.nodes):
+        numbers = [each for each in node.args if type(each) in (int, float)]
+        if node.target not in _NEUTRAL or numbers != [_NEUTRAL[node.target]]:
+            continue
+        (source,) = node.all_input_nodes
+        if "dtype" in node.meta and source.meta.get("dtype") == node.meta["dtype"]:
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
 
 
 def _separate_nested_targets(graph: fx.Graph, attributes: dict[str, Any]) -> None:

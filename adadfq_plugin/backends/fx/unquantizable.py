@@ -34,6 +34,8 @@ _MAX_ERROR = 0.5  # relative; rounding to 8 bits is far below it, a wrong kernel
 
 _JOINING = (torch.cat, torch.concat, torch.stack)
 _ARITHMETIC = (operator.add, operator.sub, operator.mul, torch.add, torch.sub, torch.mul)
+_SHARING = (operator.add, operator.mul, torch.add, torch.mul)
+"""What torch.ao quantizes with a number as well, and then at the levels of its one tensor."""
 _LOWERED: dict[Any, Any] = {
     torch.ops.quantized.add: operator.add,
     torch.ops.quantized.mul: operator.mul,
@@ -85,10 +87,12 @@ def unquantizable(
     """Return the parts of a model that torch.ao would quantize, but whose conversion fails or computes something else.
 
     The model is prepared, converted and run on a copy, on random images, with the quantized engine that is set
-    (``torch.backends.quantized.engine``); parts that fail are left out, until nothing fails. Five things fail:
+    (``torch.backends.quantized.engine``); parts that fail are left out, until nothing fails. Six things fail:
 
     - a call on an integer tensor (indices, masks), which torch.ao takes for a floating-point one;
     - a sum or product that something is divided by: it is not to be zero, as a rounded one may be;
+    - a sum or product of a tensor and a number: torch.ao fake-quantizes what goes in and what comes out at the same
+      levels, however far apart the two ranges are, and the integer kernel computes the result without them;
     - a call without an integer kernel (bicubic interpolation): all calls of that function or method are left out;
     - a concatenation of tensors with different quantization parameters, which the integer kernel takes for equal ones:
       only that call is left out;
@@ -106,7 +110,9 @@ def unquantizable(
     Raises:
         UntraceableError: The conversion fails in a way that leaving out parts does not cure.
     """
-    sites = [*known, *_calls_in_float(traced)]
+    already = {(site.op, site.target, site.index) for site in known}
+    wrong = [site for site in _calls_in_float(traced) if (site.op, site.target, site.index) not in already]
+    sites = [*known, *wrong]
     images = torch.randn(2, *traced.meta[INPUT_SIZE], generator=torch.Generator().manual_seed(0))
     like = next((p for p in traced.parameters() if p.is_floating_point()), images)
     for _ in range(_MAX_TRIALS):
@@ -124,7 +130,7 @@ def unquantizable(
 
 
 def _calls_in_float(traced: fx.GraphModule) -> list[CallSite]:
-    """Return the calls that take or give integer tensors, and the sums and products that something is divided by."""
+    """Return the calls on integer tensors, and the sums and products that are denominators or take a number."""
     tensors = {**dict(traced.named_parameters()), **dict(traced.named_buffers())}
 
     def is_integer(node: Any) -> bool:
@@ -132,6 +138,9 @@ def _calls_in_float(traced: fx.GraphModule) -> list[CallSite]:
             return False
         dtype = tensors[str(node.target)].dtype if node.op == "get_attr" else node.meta.get("dtype")
         return dtype is not None and not (dtype.is_floating_point or dtype.is_complex)
+
+    def is_tensor(node: Any) -> bool:
+        return isinstance(node, fx.Node) and (node.op == "get_attr" or "dtype" in node.meta)
 
     sites: list[CallSite] = []
     for node, name, index in numbered(traced.graph):
@@ -142,6 +151,9 @@ def _calls_in_float(traced: fx.GraphModule) -> list[CallSite]:
             sites.append(
                 CallSite(node.op, name, index, "gives a denominator, which may not be rounded to zero")
             )
+        elif gives_tensor and node.target in _SHARING and sum(map(is_tensor, node.args)) == 1:
+            reason = "of a tensor and a number, which would share the levels of the tensor"
+            sites.append(CallSite(node.op, name, index, reason))
     return sites
 
 
@@ -198,7 +210,7 @@ def _trial(traced: fx.GraphModule, mapping: QConfigMapping, images: Tensor) -> l
         with opened.phase(Phase.OBSERVE):
             opened.module(images)
         opened.set_ranges("minmax")
-        trial = _Trial(cast(fx.GraphModule, opened.convert()))
+        trial = _Trial(cast(fx.GraphModule, opened.convert()), opened.origins)
         with contextlib.suppress(_Stopped):
             trial.run_nodes(images)
     return trial.sites
@@ -209,10 +221,16 @@ class _Stopped(Exception):
 
 
 class _Trial(fx.Interpreter):
-    """Run a converted model node by node and collect what fails."""
+    """Run a converted model node by node and collect what fails.
 
-    def __init__(self, module: fx.GraphModule) -> None:
+    Args:
+        module: The converted model.
+        origins: What its copies of modules are copies of, by name.
+    """
+
+    def __init__(self, module: fx.GraphModule, origins: dict[str, str]) -> None:
         super().__init__(module)
+        self._origins = origins
         self.sites: list[CallSite] = []
         self._places = {node: index for node, _, index in numbered(module.graph)}
 
@@ -243,7 +261,10 @@ class _Trial(fx.Interpreter):
         return result
 
     def _add(self, node: fx.Node, index: int | None, reason: str) -> None:
-        self.sites.append(CallSite(node.op, _name(node), index, reason))
+        name = _name(node)
+        target = self._origins.get(name, name) if node.op == "call_module" else name
+        if not any((site.op, site.target, site.index) == (node.op, target, index) for site in self.sites):
+            self.sites.append(CallSite(node.op, target, index, reason))
 
 
 def _shares_parameters(tensors: Any) -> bool:
