@@ -202,6 +202,8 @@ class LearnedQuantizer(nn.Module):
         """Whether integer averages arrive here: their ties are rounded to even, as integer kernels do."""
         self.limits: tuple[float, float] | None = None
         """Bounds of an activation (ReLU6) that this quantizer stands for."""
+        self.ndim = 0
+        """Dimensions of what was observed."""
         self._sample: list[Tensor] = []
         self.sampling = False
 
@@ -270,6 +272,7 @@ class LearnedQuantizer(nn.Module):
     def _observe(self, x: Tensor) -> None:
         if x.numel() == 0:  # a transformer without prefix tokens splits off none
             return
+        self.ndim = x.ndim
         rows = self._rows(x).float()
         lower, upper = rows.amin(1), rows.amax(1)
         if bool((lower - upper).isinf().any()):  # a mask, or padding for a maximum: it takes the last level

@@ -538,3 +538,42 @@ def test_each_call_of_a_layer_has_a_scale_of_its_own(qat: bool) -> None:
         assert (fake - converted).abs().mean() <= (0.01 if qat else 0.05) * fake.std()
         opened.commit()
         assert torch.equal(convert_fx(prepared.eval())(batch), converted)
+
+
+class Pooled(nn.Module):
+    """Averages over quantized tensors that are not channels last: the images, and what a permutation leaves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head, self.pool = nn.Conv2d(3, 8, 3), nn.Conv2d(8, models.CLASSES, 3), nn.AvgPool2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(nn.functional.avg_pool2d(x, 2)).permute(0, 1, 3, 2)
+        return cast(Tensor, self.head(self.pool(x)).flatten(1))
+
+
+def test_averages_round_ties_alike_in_every_layout() -> None:
+    """Integer poolings round ``average + zero point`` to even, but for channels last, where it is the average."""
+    prepared = models.prepared(8, Pooled())
+    opened, batch = FXBackend().open(prepared), models.images(32)
+    observed(opened, batch)
+    for module in opened.module.modules():
+        if isinstance(module, LearnedFakeQuantize) and not module.per_channel:
+            module.zero_point.bitwise_or_(1)
+    with torch.no_grad():
+        with opened.phase(Phase.EVALUATE):
+            fake = opened.module(batch)
+        converted = opened.convert()(batch)
+        assert (fake - converted).abs().mean() <= 0.002 * fake.std()
+        opened.commit()
+        assert torch.equal(prepared.eval()(batch), fake)
+        assert torch.equal(convert_fx(prepared)(batch), converted)
+
+
+def test_averages_of_tensors_without_such_layouts_convert() -> None:
+    """A pooling takes the tokens' three dimensions for channels, height and width."""
+    model = nn.Sequential(
+        nn.Conv2d(3, models.CLASSES, 3), nn.Flatten(2), nn.AdaptiveAvgPool2d((None, 1)), nn.Flatten()
+    )
+    fake, converted = fake_and_converted(model)
+    assert (fake - converted).abs().mean() <= 0.05 * fake.std()

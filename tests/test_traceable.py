@@ -296,6 +296,17 @@ def converted_and_error(traced: fx.GraphModule, mapping: QConfigMapping) -> tupl
     return converted, float((outputs(converted, images) - expected).norm() / expected.norm())
 
 
+def fake_and_converted(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor, list[str]]:
+    """Outputs of the calibrated model at W8A8 and of the integer one, and the notes."""
+    opened = FXBackend().open(FXBackend().prepare(model.eval(), (3, *images.shape[2:]), Scheme(engine="x86")))
+    with torch.no_grad(), opened.phase(Phase.OBSERVE):
+        opened.module(images)
+    opened.set_ranges()
+    with torch.no_grad(), opened.phase(Phase.EVALUATE):
+        fake = opened.module(images)
+    return fake, outputs(opened.convert(), images), opened.notes
+
+
 def test_torch_ao_fuses_batch_norm_and_activation() -> None:
     traced = traceable(randomised(timm.create_model("test_resnet", num_classes=10)), 64)
     converted, error = converted_and_error(traced, seven_bits())
@@ -457,14 +468,71 @@ def test_a_product_with_a_number_does_not_share_the_levels_of_its_tensor() -> No
     assert [each for each in arithmetic if not isinstance(each, fx.Node)] == [255, 64]  # not 0, not 1
     sites = unquantizable(traced, seven_bits())
     assert [(site.target, site.index) for site in sites] == [("_operator.mul", 0), ("_operator.add", 1)]
-    opened = FXBackend().open(FXBackend().prepare(model, (3, 12, 12), Scheme()))
-    with torch.no_grad(), opened.phase(Phase.OBSERVE):
-        expected = opened.module(images)
-    opened.set_ranges()
-    with torch.no_grad(), opened.phase(Phase.EVALUATE):
-        fake = opened.module(images)
+    expected = outputs(model, images)
+    fake, converted, _ = fake_and_converted(model, images)
     assert (fake - expected).abs().mean() < 0.1 * expected.std()
-    assert (opened.convert()(images) - fake).abs().mean() < 0.02 * fake.std()
+    assert (converted - fake).abs().mean() < 0.02 * fake.std()
+
+
+class Joined(nn.Module):
+    """Two branches that a function joins."""
+
+    def __init__(self, join: Any) -> None:
+        super().__init__()
+        self.one, self.two, self.join = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3), join
+
+    def forward(self, x: Tensor) -> Tensor:
+        joined: Tensor = self.join(self.one(x), self.two(x))
+        return joined.relu().flatten(2).mean(2)
+
+
+@pytest.mark.parametrize(
+    "join",
+    [
+        lambda x, y: torch.add(x, y, alpha=2),
+        lambda x, y: torch.add(input=x, other=y, alpha=-1),
+        lambda x, y: torch.mul(x, other=y),
+        lambda x, y: torch.matmul(x, other=y),
+    ],
+    ids=["add", "all by keyword", "mul", "matmul"],
+)
+def test_keywords_of_arithmetic_are_kept(join: Any) -> None:
+    """torch.ao's lowering drops them: alpha without an error, operands with one (torch 2.14)."""
+    model, images = Joined(join), torch.randn(8, 3, 12, 12)
+    expected = outputs(model, images)
+    fake, converted, notes = fake_and_converted(model, images)
+    assert notes == []
+    assert (fake - expected).abs().mean() < 0.1 * expected.std()
+    assert (converted - fake).abs().mean() < 0.02 * fake.std()
+
+
+class Enlarged(nn.Module):
+    """One place for a whole image is enlarged to its size."""
+
+    def __init__(self, enlarge: Any) -> None:
+        super().__init__()
+        self.conv, self.gate, self.enlarge = nn.Conv2d(3, 8, 3), nn.Linear(8, 8), enlarge
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        everywhere: Tensor = self.enlarge(self.gate(x.mean((2, 3))).reshape(-1, 8, 1, 1))
+        return (F.hardswish(x) + everywhere).relu().flatten(2).mean(2)
+
+
+@pytest.mark.parametrize(
+    ("name", "enlarge"),
+    [
+        ("interpolate", lambda x: F.interpolate(x, size=(10, 10))),
+        ("interpolate", lambda x: F.interpolate(x, size=(10, 10), mode="bilinear")),
+        ("adaptive_avg_pool2d", lambda x: F.adaptive_avg_pool2d(x, 10)),
+    ],
+    ids=["nearest", "bilinear", "average"],
+)
+def test_every_call_is_compared_with_its_float_form(name: str, enlarge: Any) -> None:
+    """Integer kernels take one place for channels last whatever its strides, and mix the channels (torch 2.14)."""
+    fake, converted, (note,) = fake_and_converted(Enlarged(enlarge), torch.randn(8, 3, 12, 12))
+    assert note.startswith(f"torch.nn.functional.{name} stays in float: the integer kernel is wrong: ")
+    assert (converted - fake).abs().mean() < 0.02 * fake.std()
 
 
 def test_suitable_models_have_no_unquantizable_parts() -> None:

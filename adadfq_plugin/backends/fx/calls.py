@@ -137,6 +137,11 @@ def as_call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         if not hasattr(torch.Tensor if is_method else torch, name):
             raise Refusal(f"{name}_() has no form that leaves its argument alone")
         func = func if is_method else getattr(torch, name)
+    if kwargs and func in (torch.add, torch.mul, torch.matmul):
+        # torch.ao lowers these without their keywords, be it alpha or other; their methods it leaves alone
+        kwargs = dict(kwargs)
+        args = args or (kwargs.pop("input"),)
+        is_method = isinstance(args[0], Tensor)
     if name == "mean" and _is_global_average(*args, **kwargs):
         return Call("call_function", F.adaptive_avg_pool2d, (args[0], 1), {})
     if not is_method:

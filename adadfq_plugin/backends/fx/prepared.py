@@ -45,7 +45,7 @@ INTEGER = (torch.quint8, torch.qint8)
 WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.ConvTranspose1d, nn.ConvTranspose2d)
 
 
-AVERAGES = (
+POOLINGS = (
     nn.AdaptiveAvgPool1d,
     nn.AdaptiveAvgPool2d,
     nn.AdaptiveAvgPool3d,
@@ -54,9 +54,8 @@ AVERAGES = (
     nn.AvgPool3d,
     nn.functional.adaptive_avg_pool2d,
     nn.functional.avg_pool2d,
-    torch.mean,
-    "mean",
 )
+AVERAGES = (*POOLINGS, torch.mean, "mean")
 
 
 def prepared_attributes(model: nn.Module) -> Any:
@@ -181,10 +180,11 @@ class FXPrepared:
             quantizer, source = self._quantizer_of(node), node.args[0]
             if quantizer is None or not isinstance(source, Node):
                 continue
-            called = source.target
-            if source.op == "call_module":
-                called = type(self.module.get_submodule(str(called)))
-            quantizer.averages |= called in AVERAGES
+            quantizer.averages |= self._called(source) in AVERAGES
+
+    def _called(self, node: Node) -> object:
+        """The function, the method's name, or the module's class."""
+        return type(self.module.get_submodule(str(node.target))) if node.op == "call_module" else node.target
 
     def _weight_quantizer(self, node: Node) -> LearnedFakeQuantize | None:
         if node.op != "call_module":
@@ -324,22 +324,41 @@ class FXPrepared:
 
     def _saturate_activations(self) -> None:
         """A clamp behind each quantizer of few levels: ``convert_fx`` keeps clamps, but not quant_max."""
-        graph, scopes = self.module.graph, prepared_attributes(self.module).node_name_to_scope
         for node in self._activation_nodes():
             limits, source = self._limits(node), node.args[0]
             if limits is None or not isinstance(source, Node):
                 continue
             if any(user.target is torch.clamp for user in node.users) or self._keeps_levels(source, node):
                 continue
-            with graph.inserting_after(node):
-                clamp = graph.call_function(torch.clamp, (node, *limits))
-            with graph.inserting_after(clamp):
-                again = graph.call_module(str(node.target), (clamp,))
-            for user in list(node.users):
-                if user is not clamp:
-                    user.replace_input_with(node, again)
-            scopes[clamp.name] = scopes.get(source.name, ("", None))
-        self.module.recompile()
+            users = list(node.users)
+            with self.module.graph.inserting_after(node):
+                clamp = self.module.graph.call_function(torch.clamp, (node, *limits))
+            self._put_between(node, clamp, users)
+
+    def _average_channels_last(self) -> None:
+        """Channels last in front of integer poolings: in the other layout they round ties as the zero point is odd."""
+        inputs = {node: self._quantizer_of(node) for node in self._activation_nodes()}
+        for pool in [node.all_input_nodes[0] for node in inputs]:
+            if self._called(pool) not in POOLINGS:
+                continue
+            node = pool.all_input_nodes[0]
+            quantizer = inputs.get(node)
+            if quantizer is None or quantizer.ndim != 4 or "memory_format" in node.all_input_nodes[0].kwargs:
+                continue
+            with self.module.graph.inserting_after(node):
+                ordered = self.module.graph.call_method(
+                    "contiguous", (node,), {"memory_format": torch.channels_last}
+                )
+            self._put_between(node, ordered, [pool])
+
+    def _put_between(self, node: Node, call: Node, users: Sequence[Node]) -> None:
+        """Hands ``users`` what ``call`` makes of an activation, at the levels of its quantizer, instead of itself."""
+        with self.module.graph.inserting_after(call):
+            again = self.module.graph.call_module(str(node.target), (call,))
+        for user in users:
+            user.replace_input_with(node, again)
+        scopes, (source,) = prepared_attributes(self.module).node_name_to_scope, node.all_input_nodes
+        scopes[call.name] = scopes.get(source.name, ("", None))
 
     def _keeps_levels(self, source: Node, node: Node) -> bool:
         """Whether the value has already been saturated: an operation on one tensor with shared levels."""
@@ -354,6 +373,8 @@ class FXPrepared:
         """Makes the private copy ready for ``convert_fx``; its outputs stay what they were."""
         self._clip_weights()
         self._saturate_activations()
+        self._average_channels_last()
+        self.module.recompile()
         for module in self.module.modules():
             if isinstance(module, FakeQuantizeBase):
                 module.disable_observer()

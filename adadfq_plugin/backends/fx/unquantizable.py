@@ -2,11 +2,12 @@
 
 torch.ao quantizes some calls that have no integer kernel, and some whose kernel computes something else. A trial
 conversion on random images shows them: each node of the converted model runs on its own, and what raises, mixes
-quantization parameters, or differs from the same layer computed in floating point is left out.
+quantization parameters, or differs from the same call computed in floating point is left out.
 """
 
 import contextlib
 import copy
+import functools
 import operator
 import warnings
 from collections import defaultdict
@@ -15,8 +16,11 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch._ops import OpOverloadPacket
 from torch.ao.nn import quantized as nnq
+from torch.ao.nn.intrinsic import quantized as nniq
 from torch.ao.quantization import QConfigMapping
 from torch.ao.quantization.quantize_fx import prepare_qat_fx
 from torch.fx.node import _get_qualified_name
@@ -30,16 +34,21 @@ from adadfq_plugin.errors import UntraceableError
 __all__ = ["CallSite", "leave_in_float", "numbered", "unquantizable"]
 
 _MAX_TRIALS = 20
-_MAX_ERROR = 0.5  # relative; rounding to 8 bits is far below it, a wrong kernel far above
+_MAX_WRONG = 0.01  # share of the results; right kernels are a level off at most, at ties
 
 _JOINING = (torch.cat, torch.concat, torch.stack)
 _ARITHMETIC = (operator.add, operator.sub, operator.mul, torch.add, torch.sub, torch.mul)
 _SHARING = (operator.add, operator.mul, torch.add, torch.mul)
 """What torch.ao quantizes with a number as well, and then at the levels of its one tensor."""
+_WITH_RELU = (torch.ops.quantized.add_relu, torch.ops.quantized.mul_relu)
 _LOWERED: dict[Any, Any] = {
-    torch.ops.quantized.add: operator.add,
-    torch.ops.quantized.mul: operator.mul,
+    **dict.fromkeys((torch.ops.quantized.add, torch.ops.quantized.add_relu), operator.add),
+    **dict.fromkeys((torch.ops.quantized.mul, torch.ops.quantized.mul_relu), operator.mul),
     torch.ops.quantized.matmul: torch.matmul,
+    **{
+        getattr(torch.ops.quantized, function.__name__): function
+        for function in (F.hardswish, F.leaky_relu, F.elu, F.layer_norm, F.instance_norm)
+    },
 }
 
 
@@ -96,8 +105,9 @@ def unquantizable(
     - a call without an integer kernel (bicubic interpolation): all calls of that function or method are left out;
     - a concatenation of tensors with different quantization parameters, which the integer kernel takes for equal ones:
       only that call is left out;
-    - a convolution whose integer kernel gives wrong numbers (in oneDNN some grouped ones, and transposed ones with
-      other numbers of channels in and out): that module is left out.
+    - a call whose integer kernel gives wrong numbers (in oneDNN some grouped convolutions, and transposed ones with
+      other numbers of channels in and out; interpolation of one place, from some layouts): that module is left out, or
+      all calls of that function or method.
 
     Args:
         traced: The result of `traceable`. It is not changed.
@@ -254,11 +264,31 @@ class _Trial(fx.Interpreter):
             message = str(error).splitlines()[0].split(". This could")[0]
             self._add(n, None, f"{type(error).__name__}: {message}")
             raise _Stopped from error
-        if n.op == "call_module":
-            distance = _kernel_error(self.module.get_submodule(str(n.target)), args[0], result)
-            if distance > _MAX_ERROR:
-                self._add(n, None, f"the integer kernel is wrong: relative error {distance:.1f}")
+        if n.op.startswith("call") and isinstance(result, Tensor) and result.is_quantized:
+            exact = self._exact(n, args, kwargs)
+            wrong = 0.0 if exact is None else _wrong_results(result, exact)
+            if wrong > _MAX_WRONG:
+                self._add(n, None, f"the integer kernel is wrong: {wrong:.0%} of the results are levels off")
         return result
+
+    def _exact(self, node: fx.Node, args: Any, kwargs: Any) -> Tensor | None:
+        """Return what an integer call computes, on the dequantized numbers; None where that isn't known."""
+        args, kwargs = fx.node.map_aggregate((args, kwargs), _dequantized)
+        called: Any = node.target
+        with_relu = False
+        if node.op == "call_module":
+            module = self.module.get_submodule(str(node.target))
+            called, with_relu = _float_layer(module), type(module).__module__.startswith(nniq.__name__)
+        elif node.op == "call_method":
+            called = getattr(Tensor, str(node.target))
+        elif node.target in _LOWERED:
+            called, with_relu = _LOWERED[node.target], node.target in _WITH_RELU
+            args = args if kwargs else args[:2]  # the scale and the zero point of the result come last
+            kwargs = {name: value for name, value in kwargs.items() if not name.startswith("output_")}
+        if called is None or called is torch.quantize_per_tensor or isinstance(called, OpOverloadPacket):
+            return None
+        exact: Tensor = called(*args, **kwargs)
+        return exact.relu() if with_relu else exact
 
     def _add(self, node: fx.Node, index: int | None, reason: str) -> None:
         name = _name(node)
@@ -272,33 +302,47 @@ def _shares_parameters(tensors: Any) -> bool:
     return len({(tensor.q_scale(), tensor.q_zero_point()) for tensor in quantized}) <= 1
 
 
-def _kernel_error(module: nn.Module, value: Any, result: Any) -> float:
-    """Return by how much an integer layer differs from the same one on the dequantized numbers."""
-    exact_layer = next((layer for kind, layer in _LAYERS.items() if isinstance(module, kind)), None)
-    if exact_layer is None or not (isinstance(result, Tensor) and result.is_quantized):
-        return 0.0
-    integer = cast(Any, module)
-    exact = exact_layer(value.dequantize(), integer.weight().dequantize(), integer.bias(), integer)
-    limits = torch.iinfo(torch.uint8)
-    bounds = (torch.tensor([limits.min, limits.max]) - result.q_zero_point()) * result.q_scale()
-    if type(module) not in _LAYERS:  # fused with a ReLU
-        bounds[0] = max(float(bounds[0]), 0.0)
-    exact = exact.clamp(*bounds.tolist())
-    return float((result.dequantize() - exact).norm() / exact.norm().clamp(min=1e-12))
+def _dequantized(value: Any) -> Any:
+    return value.dequantize() if isinstance(value, Tensor) and value.is_quantized else value
 
 
-def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, layer: Any) -> Tensor:
-    return nn.functional.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+def _wrong_results(result: Tensor, exact: Tensor) -> float:
+    """Return the share of the integers that are more than a level from the exact results."""
+    levels = torch.quantize_per_tensor(exact, result.q_scale(), result.q_zero_point(), result.dtype)
+    return float(((levels.int_repr().int() - result.int_repr().int()).abs() > 1).float().mean())
 
 
-def _transposed(x: Tensor, weight: Tensor, bias: Tensor | None, layer: Any) -> Tensor:
-    return nn.functional.conv_transpose2d(
+def _float_layer(module: nn.Module) -> Callable[..., Tensor] | None:
+    """Return what a module computes, on floating-point numbers; None where that isn't known."""
+    for kind, layer in _LAYERS.items():
+        if isinstance(module, kind):
+            integer = cast(Any, module)
+            return functools.partial(layer, integer, integer.weight().dequantize(), integer.bias())
+    for kind in type(module).__mro__:  # the others are subclasses of the layers in float
+        if kind.__module__.startswith("torch.nn.modules.") and kind is not nn.Module:
+            return functools.partial(cast(Any, kind).forward, module)
+    return None
+
+
+def _linear(layer: Any, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    return F.linear(x, weight, bias)
+
+
+def _convolution(layer: Any, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    function = F.conv1d if weight.ndim == 3 else F.conv2d
+    return function(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+
+
+def _transposed(layer: Any, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    function = F.conv_transpose1d if weight.ndim == 3 else F.conv_transpose2d
+    return function(
         x, weight, bias, layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation
     )
 
 
-_LAYERS: dict[type[nn.Module], Callable[[Tensor, Tensor, Tensor | None, Any], Tensor]] = {
-    nnq.Conv2d: _convolution,
-    nnq.ConvTranspose2d: _transposed,
+_LAYERS: dict[type[nn.Module], Callable[[Any, Tensor, Tensor | None, Tensor], Tensor]] = {
+    nnq.Linear: _linear,
+    **dict.fromkeys((nnq.ConvTranspose1d, nnq.ConvTranspose2d), _transposed),
+    **dict.fromkeys((nnq.Conv1d, nnq.Conv2d), _convolution),
 }
-"""What an integer layer computes, on the dequantized numbers."""
+"""What an integer layer with packed weights computes, on the dequantized numbers."""
