@@ -85,6 +85,11 @@ class Settings(_Frozen):
         0.5,
         description="share of Q's batches that are mixed in pairs, P's answers to the mixtures as targets",
     )
+    light: NonNegative = Field(
+        0.5,
+        description="deviation of the brightness, and of its slope over an image, that is added to each image that "
+        "Q learns from, in units of the network's input",
+    )
     ranges: Literal["mse", "minmax"] = Field("mse", description="start of the activation and weight ranges")
     range_samples: Positive = Field(256, description="images that the observers see")
     learn_step_sizes: bool = Field(True, description="train the step sizes of weights and activations (LSQ)")
@@ -109,10 +114,10 @@ class GeneratorSettings(Settings):
     )
     refine_steps: Annotated[int, Field(ge=0)] | None = Field(
         None,
-        description="steps on the pixels of each kept batch, by the priors' loss and the labels'; unset: from the bits",
+        description="steps on each kept batch of images, by the priors' loss and the labels'; unset: from the bits",
     )
     refine_rate: Rate = Field(
-        0.025, description="learning rate of the pixels (Adam), as a share of the range of valid pixels"
+        0.1, description="learning rate of kept images (Adam), in deviations of noise with their spectrum"
     )
     second_class: Fraction = Field(
         0.5, description="largest share of a second class in what a refined image is to show"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from adadfq_plugin.teacher import Facts
 
-__all__ = ["Generator", "natural_noise"]
+__all__ = ["Generator", "coloured", "natural_noise", "whitened"]
 
 SMALLEST_WIDTH = 16
 COLOUR = 0.9
@@ -71,13 +71,10 @@ class Generator(nn.Module):
         torch.Size([2, 3, 32, 32])
     """
 
-    lowest: Tensor
-    highest: Tensor
-
     def __init__(self, facts: Facts, latent_dim: int, width: int) -> None:
         super().__init__()
         channels, height, side = facts.input_size
-        self.size = (height, side)
+        self.facts, self.size = facts, (height, side)
         self.latent_dim, self.num_classes = latent_dim, facts.num_classes
         _, stages = _start(max(height, side))
         start = (-(-height // 2**stages), -(-side // 2**stages))
@@ -91,8 +88,6 @@ class Generator(nn.Module):
         )
         self.to_image = nn.Conv2d(widths[-1], channels, 3, padding=1)
         self.standardize = nn.BatchNorm2d(channels, affine=False, track_running_stats=False)
-        self.register_buffer("lowest", facts.normalize(torch.zeros(1, channels, 1, 1)), persistent=False)
-        self.register_buffer("highest", facts.normalize(torch.ones(1, channels, 1, 1)), persistent=False)
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
         """Images of the given labels.
@@ -110,24 +105,66 @@ class Generator(nn.Module):
             x = conv(nn.functional.interpolate(x, scale_factor=2.0, mode="nearest"))
             x = nn.functional.leaky_relu(norm(x, labels), 0.2)
         x = self.standardize(self.to_image(x))[..., : self.size[0], : self.size[1]]
-        return self.clip(x)
-
-    def clip(self, images: Tensor) -> Tensor:
-        """Images held to the values of valid pixels."""
-        return torch.minimum(torch.maximum(images, self.lowest), self.highest)
+        return self.facts.clip(x)
 
     def sample(self, count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """Latent vectors and uniform labels, on the generator's device."""
-        device = self.lowest.device
+        device = self.stem.weight.device
         z = torch.randn(count, self.latent_dim, generator=rng)
         labels = torch.randint(self.num_classes, (count,), generator=rng)
         return z.to(device), labels.to(device)
 
 
-def natural_noise(facts: Facts, count: int, rng: torch.Generator) -> Tensor:
-    r"""Noise with the spectrum of photographs: amplitudes fall with the frequency.
+def _amplitudes(size: tuple[int, int], like: Tensor) -> Tensor:
+    """Amplitudes of photographs at the frequencies of a real transform; white noise of deviation 1 keeps it."""
+    down, across = torch.fft.fftfreq(size[0])[:, None], torch.fft.fftfreq(size[1])[None]
+    amplitudes = 1 / (down.square() + across.square()).sqrt().clamp_min(1 / max(size))
+    half: Tensor = (amplitudes / amplitudes.square().mean().sqrt())[:, : size[1] // 2 + 1]
+    return half.to(like)
 
-    .. math:: |\hat x(f)| \propto |\hat \varepsilon(f)| / f, \quad \varepsilon \sim N(0, I)
+
+def coloured(white: Tensor) -> Tensor:
+    r"""White noise as noise with the spectrum of photographs, whose amplitudes fall with the frequency.
+
+    .. math:: |\hat x(f)| \propto |\hat \varepsilon(f)| / f
+
+    The lowest frequency's holds for the mean as well.
+
+    Args:
+        white: (N, channels, height, width), of deviation 1.
+
+    Returns:
+        images of the same shape, of deviation 1 over all of them.
+
+    Source: Field, "Relations between the statistics of natural images and the response properties of cortical
+    cells", JOSA A, 1987.
+
+    Example:
+        >>> noise = coloured(torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+        >>> round(noise.std().item(), 1), torch.allclose(coloured(whitened(noise)), noise, atol=1e-5)
+        (1.0, True)
+    """
+    size = (white.shape[-2], white.shape[-1])
+    image: Tensor = torch.fft.irfft2(torch.fft.rfft2(white) * _amplitudes(size, white), s=size)
+    return image
+
+
+def whitened(images: Tensor) -> Tensor:
+    """What :func:`coloured` makes these images of.
+
+    Args:
+        images: (N, channels, height, width).
+
+    Returns:
+        coefficients of the same shape, alike at all frequencies for photographs.
+    """
+    size = (images.shape[-2], images.shape[-1])
+    white: Tensor = torch.fft.irfft2(torch.fft.rfft2(images) / _amplitudes(size, images), s=size)
+    return white
+
+
+def natural_noise(facts: Facts, count: int, rng: torch.Generator) -> Tensor:
+    """Noise with the spectrum of photographs (:func:`coloured`).
 
     Each image is cut from a larger scene, so that some are bright and some dark. Colours are nearly alike, mean and
     deviation those of the network's normalised images.
@@ -140,9 +177,6 @@ def natural_noise(facts: Facts, count: int, rng: torch.Generator) -> Tensor:
     Returns:
         images (N, channels, height, width) on the CPU, beyond the values of valid pixels here and there.
 
-    Source: Field, "Relations between the statistics of natural images and the response properties of cortical
-    cells", JOSA A, 1987.
-
     Example:
         >>> noise = natural_noise(Facts((3, 32, 32), num_classes=10), 64, torch.Generator().manual_seed(0))
         >>> noise.shape, round(noise.std().item(), 2)
@@ -153,8 +187,6 @@ def natural_noise(facts: Facts, count: int, rng: torch.Generator) -> Tensor:
     white = torch.randn(count, channels, *field, generator=rng)
     own, shared = math.sqrt(1 - COLOUR), math.sqrt(COLOUR)
     white = own * white + shared * torch.randn(count, 1, *field, generator=rng)
-    down, across = torch.fft.fftfreq(field[0])[:, None], torch.fft.rfftfreq(field[1])[None]
-    frequency = (down.square() + across.square()).sqrt().clamp_min(1 / max(field))
-    noise = torch.fft.irfft2(torch.fft.rfft2(white) / frequency, s=field)[..., :height, :width]
+    noise = coloured(white)[..., :height, :width]
     scaled: Tensor = noise / noise.square().mean().sqrt()
     return scaled

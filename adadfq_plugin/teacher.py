@@ -80,6 +80,12 @@ class Facts:
         mean, std = self._constants(images)
         return images * std + mean
 
+    def clip(self, images: Tensor) -> Tensor:
+        """The network's input held to what valid pixels give."""
+        bounds = torch.tensor([0.0, 1.0]).to(images).view(2, 1, 1, 1).expand(2, self.input_size[0], 1, 1)
+        lowest, highest = self.normalize(bounds).split(1)
+        return images.clamp(lowest, highest)
+
     def _constants(self, like: Tensor) -> tuple[Tensor, Tensor]:
         mean = torch.tensor(self.mean, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)
         std = torch.tensor(self.std, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)

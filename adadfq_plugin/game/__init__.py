@@ -1,11 +1,11 @@
 """The zero-sum game: G looks for samples on which Q and P neither agree nor disagree too much.
 
-Refined on their pixels, without Q, they join the pool that Q learns from.
+Refined without Q, they join the pool that Q learns from.
 """
 
 from adadfq_plugin.game.generator import GeneratorPlayer
 from adadfq_plugin.game.pace import Pace, Plan, make_plan
-from adadfq_plugin.game.pool import ReplayPool, augment, mixed
+from adadfq_plugin.game.pool import ReplayPool, augment, lit, mixed
 from adadfq_plugin.game.quantized import QuantizedPlayer
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "QuantizedPlayer",
     "ReplayPool",
     "augment",
+    "lit",
     "make_plan",
     "mixed",
 ]

@@ -19,7 +19,7 @@ from adadfq_plugin.functional import (
 )
 from adadfq_plugin.game.pace import Pace
 from adadfq_plugin.game.pool import augment
-from adadfq_plugin.generators import Generator, natural_noise
+from adadfq_plugin.generators import Generator, coloured, natural_noise, whitened
 from adadfq_plugin.priors import BNStatistics, choose_priors
 from adadfq_plugin.teacher import Teacher
 
@@ -80,7 +80,7 @@ class GeneratorPlayer:
         if self.natural:
             noise = natural_noise(self.teacher.facts, self.batch_size, self._rng).to(images)
             share = math.sqrt(1 - self.natural**2)  # the deviation stays 1
-            images = self.generator.clip(self.natural * noise + share * images)
+            images = self.teacher.facts.clip(self.natural * noise + share * images)
         return images, labels
 
     @torch.no_grad()
@@ -114,30 +114,30 @@ class GeneratorPlayer:
     ) -> tuple[Tensor, Mapping[str, float]]:
         """The images themselves go down the prior's loss and a little of the labels': a short training of G lacks it.
 
+        What moves are their coefficients in the spectrum of photographs: in pixels the high frequencies come first.
+
         Args:
             prior: the prior's loss over P's forward pass.
             images: (N, C, H, W) as G made them.
             labels: the labels that G was given (N,); each image is to show a share of a second class as well.
-            pace: steps of Adam on the pixels, each on another view of every image.
+            pace: steps of Adam, each on another view of every image.
 
         Returns:
             the images, valid pixels still, and the figures of the last step.
         """
-        lowest, highest = self.generator.lowest, self.generator.highest
-        pixels = images.detach().clone().requires_grad_(True)
+        white = whitened(images.detach()).requires_grad_(True)
         figures: dict[str, float] = {}
-        rate = self.settings.refine_rate * (highest - lowest).mean().item()
-        optimizer = torch.optim.Adam([pixels], lr=rate, betas=(0.5, 0.999))
+        rate = self.settings.refine_rate
+        optimizer = torch.optim.Adam([white], lr=rate, betas=(0.5, 0.999))
         target = self._shared(labels)
         for _ in pace:
             optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * pace.fraction))
-            view = augment(pixels, self._rng)
-            loss, figures = self._recognised(prior, self.teacher(view), target, LABEL)
-            (pixels.grad,) = torch.autograd.grad(loss, pixels)
+            pixels = coloured(white)
+            valid = pixels + (self.teacher.facts.clip(pixels) - pixels).detach()  # clipped ones may come back
+            loss, figures = self._recognised(prior, self.teacher(augment(valid, self._rng)), target, LABEL)
+            (white.grad,) = torch.autograd.grad(loss, white)
             optimizer.step()
-            with torch.no_grad():
-                pixels.copy_(self.generator.clip(pixels))
-        return pixels.detach(), figures
+        return self.teacher.facts.clip(coloured(white.detach())), figures
 
     def _shared(self, labels: Tensor) -> Tensor:
         """Class probabilities (N, C): the label, but for a random share that goes to a random class."""
