@@ -93,6 +93,9 @@ class Settings(_Frozen):
     ranges: Literal["mse", "minmax"] = Field("mse", description="start of the activation and weight ranges")
     range_samples: Positive = Field(256, description="images that the observers see")
     learn_step_sizes: bool = Field(True, description="train the step sizes of weights and activations (LSQ)")
+    keep_best: bool = Field(
+        True, description="leave Q's best state on samples kept from its training, not its last one"
+    )
 
     def model_post_init(self, _context: Any) -> None:
         if self.optimizer == "sgd" and self.learning_rate is None:

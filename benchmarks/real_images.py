@@ -15,9 +15,12 @@ from adadfq_plugin.contracts import Outcome, Task
 from adadfq_plugin.errors import SettingsError
 from adadfq_plugin.game.run import Run
 
+HELD_OUT = 64
+"""Real images that Q's states are judged by where it is trained."""
+
 
 class RealSettings(Settings):
-    """As of every method; ``samples`` unset: all real images that there are."""
+    """As of every method; ``samples`` unset: all real images that there are, but for those kept from training."""
 
     network: str = Field("resnet20", description="network of the rulers whose real images are taken")
 
@@ -35,9 +38,10 @@ class RealImages:
         assert isinstance(settings, RealSettings)
         images, _ = rulers.images(settings.network)
         images = images[rulers.seen(settings.network, len(images))]
-        samples = settings.samples or len(images)
-        if samples > len(images):
-            raise SettingsError(f"samples = {samples}: there are {len(images)} real images")
+        kept_out = 0 if settings.steps == 0 else HELD_OUT
+        samples = settings.samples or len(images) - kept_out
+        if samples > len(images) - kept_out:
+            raise SettingsError(f"samples = {samples}: there are {len(images) - kept_out} real images")
         run = Run(replace(task, settings=settings.model_copy(update={"samples": samples})))
         batches = iter(images[torch.randperm(len(images), generator=run.rng)].split(run.plan.batch_size))
         run.fill(lambda: run.answered(next(batches)))

@@ -36,6 +36,19 @@ def quick(method: str) -> dict[str, Any]:
     return QUICK if method == "noise" else QUICK_G
 
 
+def test_training_that_does_harm_is_taken_back() -> None:
+    reckless = {**QUICK_G, "learning_rate": 300.0}
+    results = {
+        keep: adadfq_plugin.calibrate(models.prepared(4), settings={**reckless, "keep_best": keep}, **TOLD)
+        for keep in (True, False)
+    }
+    told = [note for note in results[True].notes if "Q is left as it was after 0 of 6 steps" in note]
+    assert len(told) == 1
+    assert results[True].sqnr_db > results[False].sqnr_db + 3
+    assert len(results[True].history.column("game", "held_out")[0]) == 6
+    assert not results[False].history.column("game", "held_out")[0]
+
+
 @pytest.mark.parametrize("method", ["adadfq", "bn_stats", "noise"])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_three_lines(method: str, bits: int) -> None:
@@ -62,7 +75,7 @@ def test_adadfq_plays_and_its_baseline_does_not() -> None:
     played = adadfq_plugin.calibrate(models.prepared(4), settings=QUICK_G, **TOLD)
     alone = adadfq_plugin.calibrate(models.prepared(4), method="bn_stats", settings=QUICK_G, **TOLD)
     assert set(played.history.figures("game")) >= {"margin", "balance", "prior", "information", "loss"}
-    assert alone.history.figures("game") == ("loss",)
+    assert alone.history.figures("game") == ("loss", "held_out")
 
 
 def test_the_teacher_comes_back_as_it_was() -> None:

@@ -16,6 +16,7 @@ from adadfq_plugin.config import AdaDFQSettings, GeneratorSettings, Settings
 from adadfq_plugin.contracts import Phase
 from adadfq_plugin.errors import ModelError
 from adadfq_plugin.game import GeneratorPlayer, Pace, ReplayPool, augment, lit, make_plan, mixed
+from adadfq_plugin.game.best import BestState
 from adadfq_plugin.game.quantized import QuantizedPlayer, in_pieces
 from adadfq_plugin.generators import Generator, coloured, natural_noise, whitened
 from adadfq_plugin.teacher import Facts, Teacher, find_facts, make_teacher, multiply_adds
@@ -172,13 +173,10 @@ def test_plan_follows_bits_and_cost() -> None:
 
 
 def test_pace_counts_or_follows_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    limited = make_plan(
-        GeneratorSettings(samples=128, batch_size=32),
-        Teacher(nn.Identity(), Facts((3, 8, 8), 3)),
-        4,
-        10,
-    )
-    assert limited.pace("samples").seconds == pytest.approx(600 * 0.35 / 4)
+    limited_teacher = Teacher(nn.Identity(), Facts((3, 8, 8), 3))
+    limited = make_plan(GeneratorSettings(samples=128, batch_size=32), limited_teacher, 4, 10)
+    assert limited.pace("samples").seconds == pytest.approx(600 * 0.35 / 5)  # four batches and one kept out
+    assert limited.pace("game").most == 3 * make_plan(Settings(), limited_teacher, 4).steps
     told = make_plan(
         GeneratorSettings(samples=128, batch_size=32, warmup_steps=7, refine_steps=0),
         Teacher(nn.Identity(), Facts((3, 8, 8), 3)),
@@ -194,6 +192,12 @@ def test_pace_counts_or_follows_the_clock(monkeypatch: pytest.MonkeyPatch) -> No
     for _ in pace:
         now[0] += 0.5
     assert pace.total == pace.step == 20
+    assert not pace.enough
+    pace = Pace(10**6, seconds=10, most=12)  # the clock has time for 20
+    for _ in pace:
+        now[0] += 0.5
+    assert pace.total == pace.step == 12
+    assert pace.enough
     assert list(Pace(3)) == [1, 2, 3]
     assert list(Pace(0)) == []
 
@@ -278,6 +282,33 @@ def test_updates_that_are_not_finite_are_left_out() -> None:
     learner.update(good)
     assert learner.skipped == 1
     assert not all(map(torch.equal, before, learner.parameters))
+
+
+def test_the_best_state_comes_back() -> None:
+    opened = FXPrepared(models.prepared())
+    batch = models.images(8)
+    with torch.no_grad(), opened.phase(Phase.OBSERVE):
+        opened.module(batch)
+    opened.set_ranges("mse")
+    parameters = list(opened.weights())
+    good = [parameter.detach().clone() for parameter in parameters]
+    with opened.phase(Phase.TRAIN):
+        best = BestState(opened, models.teacher(), batch, parameters)
+        first = best.look(0)
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.mul_(3)
+        assert best.look(1) > first
+        with torch.no_grad():
+            parameters[0].fill_(torch.nan)
+        best.look(2)
+        best.restore()
+        assert (best.step, best.divergence, best.looked) == (0, first, 2)
+        assert all(map(torch.equal, parameters, good))
+        assert best.look(3) == first
+    assert sum(best.due(step, 1000) for step in range(1, 1001)) == 8
+    assert best.due(1000, 1000)
+    assert [best.due(step, 3) for step in (1, 2, 3)] == [True] * 3
 
 
 @pytest.mark.parametrize("own", [True, False])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 from adadfq_plugin.config import GeneratorSettings, Settings
 from adadfq_plugin.priors import batch_norms
@@ -23,6 +23,8 @@ REFINE = {2: 60, 3: 60, 4: 60, 5: 50, 6: 40, 7: 30, 8: 30}
 LARGE_BATCH = 12
 """Large images in a step of the generator: P's graph of 16 and G's took EfficientNet-Lite0 beyond 3 GiB."""
 LEAST_STEPS, LEAST_WARMUP = 60, 40
+MOST = 3
+"""Longest phases under a time limit, in lengths of a cheap network's: more steps have not helped."""
 SHARE = {"warmup": 0.15, "samples": 0.35, "game": 0.45}
 """What the phases take of the user's minutes, in proportion: those that don't run leave theirs to the others."""
 REST = 0.05
@@ -44,6 +46,7 @@ class Plan:
         refine: steps of each kept batch of images.
         minutes: the user's time limit, None for a run of fixed (repeatable) length.
         told: phases whose number of steps the user has set; the time limit leaves it alone.
+        most: steps of each phase beyond which more time would not help.
     """
 
     batch_size: int
@@ -54,6 +57,7 @@ class Plan:
     refine: int = 0
     minutes: float | None = None
     told: frozenset[str] = frozenset()
+    most: Mapping[str, int] = field(default_factory=dict)
 
     def pace(self, phase: str) -> Pace:
         """The length of ``warmup``, of ``game``, or of one batch of ``samples``."""
@@ -61,8 +65,9 @@ class Plan:
         if self.minutes is None or phase in self.told or lengths[phase] == 0:
             return Pace(lengths[phase])
         running = sum(SHARE[each] for each, steps in lengths.items() if steps and each not in self.told)
-        batches = -(-self.samples // self.generator_batch_size) if phase == "samples" else 1
-        return Pace(lengths[phase], self.minutes * 60 * (1 - REST) * SHARE[phase] / running / batches)
+        batches = -(-self.samples // self.generator_batch_size) + 1 if phase == "samples" else 1
+        seconds = self.minutes * 60 * (1 - REST) * SHARE[phase] / running / batches
+        return Pace(lengths[phase], seconds, self.most.get(phase))
 
 
 def make_plan(settings: Settings, teacher: Teacher, bits: int, minutes: float | None = None) -> Plan:
@@ -92,7 +97,8 @@ def make_plan(settings: Settings, teacher: Teacher, bits: int, minutes: float | 
     samples = settings.samples or (1024 if small else 64)
     names = {"warmup": "warmup_steps", "samples": "refine_steps", "game": "steps"}
     told = frozenset(phase for phase, name in names.items() if getattr(settings, name, None) is not None)
-    return Plan(batch, generator_batch, samples, warmup, steps, refine, minutes, told)
+    most = {name: MOST * table[bits] for name, table in zip(names, (WARMUP, REFINE, STEPS), strict=True)}
+    return Plan(batch, generator_batch, samples, warmup, steps, refine, minutes, told, most)
 
 
 class Pace:
@@ -101,14 +107,17 @@ class Pace:
     Args:
         steps: number of steps when there is no time limit.
         seconds: time limit; the number of steps follows from the time of the first ones.
+        most: steps at which a time limit's phase ends though there is time left; None: no such number.
 
     Example:
         >>> [(step, pace.total) for pace in [Pace(2)] for step in pace]
         [(1, 2), (2, 2)]
     """
 
-    def __init__(self, steps: int, seconds: float | None = None) -> None:
-        self.total, self.seconds, self.step = steps, seconds, 0
+    def __init__(self, steps: int, seconds: float | None = None, most: int | None = None) -> None:
+        self.total, self.seconds, self.most, self.step = steps, seconds, most, 0
+        self.enough = False
+        """Whether the time would have allowed more steps than ``most``."""
 
     @property
     def fraction(self) -> float:
@@ -122,4 +131,6 @@ class Pace:
             yield self.step
             if self.seconds is not None and self.step >= MEASURED:
                 elapsed = time.monotonic() - start
-                self.total = max(self.step, int(self.seconds * self.step / elapsed))
+                fitting = int(self.seconds * self.step / elapsed)
+                self.enough = self.most is not None and fitting > self.most
+                self.total = max(self.step, self.most if self.enough and self.most else fitting)

@@ -13,6 +13,7 @@ from torch import Tensor
 from adadfq_plugin.config import AdaDFQSettings, GeneratorSettings
 from adadfq_plugin.contracts import Outcome, Phase, Task
 from adadfq_plugin.dataset import SyntheticDataset
+from adadfq_plugin.game.best import BestState
 from adadfq_plugin.game.generator import GeneratorPlayer
 from adadfq_plugin.game.pace import Pace, make_plan
 from adadfq_plugin.game.pool import ReplayPool, augment, lit, mixed
@@ -38,6 +39,8 @@ class Run:
         self.plan = make_plan(task.settings, task.teacher, task.prepared.lowest_bits, task.minutes)
         self.rng = torch.Generator().manual_seed(task.seed)
         self.pool = ReplayPool(2 * self.plan.samples, self.rng)
+        self.held_out = torch.empty(0)
+        """Images that Q does not learn from: what its states are judged by."""
         self.history = History()
         self.notes: list[str] = []
         self.seconds: dict[str, float] = {}
@@ -69,6 +72,7 @@ class Run:
         with self._timed("warmup"), player.watching() as prior:
             for step in pace:
                 self._report("warmup", step, pace.total, player.warm_up(prior, pace))
+        self._tell(pace, "the generator's warm-up")
 
     def make_samples(self, player: GeneratorPlayer) -> None:
         """Fills the pool with images that G made and that were then refined."""
@@ -76,13 +80,19 @@ class Run:
             self.fill(lambda: player.kept(prior, self.plan.pace("samples")))
 
     def fill(self, draw: Callable[[], tuple[Tensor, Tensor, Mapping[str, float]]]) -> None:
-        """Draws batches of images, labels and figures until the pool is full."""
+        """Draws batches of images, labels and figures until the pool is full, and one more for Q's states."""
         with self._timed("samples"):
             while len(self.pool) < self.plan.samples:
                 images, labels, figures = draw()
                 missing = self.plan.samples - len(self.pool)
                 self.pool.add(images[:missing], labels[:missing])
                 self._report("samples", len(self.pool), self.plan.samples, dict(figures))
+            if self._trains and self.task.settings.keep_best:
+                self.held_out, _, _ = draw()
+
+    @property
+    def _trains(self) -> bool:
+        return self.task.prepared.trainable and self.plan.steps > 0
 
     @torch.no_grad()
     def answered(self, images: Tensor) -> tuple[Tensor, Tensor, Mapping[str, float]]:
@@ -106,22 +116,46 @@ class Run:
 
         Without replay one forward pass of Q on G's newest batch serves both players.
         """
-        if not self.task.prepared.trainable or self.plan.steps == 0:
+        if not self._trains:
             self.notes.append("Q was not trained: the ranges alone were set")
             return
         pace = self.plan.pace("game")
         learner = QuantizedPlayer(self.task.prepared, self.task.teacher, self.task.settings, pace)
         watching = player.watching() if player is not None else nullcontext()
+        best = None
+        if len(self.held_out):
+            held_out = self._shown(self.held_out)
+            best = BestState(self.task.prepared, self.task.teacher, held_out, learner.parameters)
         with self._timed("game"), learner.learning(), watching as prior:
+            if best is not None:
+                best.look(0)
             for step in pace:
                 if player is not None and prior is not None and self._is_round(step):
                     figures = self._round(player, prior, learner)
                 else:
                     figures = self._lesson(learner, player)
+                if best is not None and best.due(step, pace.total):
+                    figures["held_out"] = best.look(step)
                 self._report("game", step, pace.total, figures)
+            if best is not None:
+                if best.looked < pace.step:  # a time limit is known to have ended only then
+                    best.look(pace.step)
+                best.restore()
+        if best is not None and best.step < pace.step:
+            self.notes.append(
+                f"Q is left as it was after {best.step} of {pace.step} steps: on images kept from training no "
+                "later state was nearer to P"
+            )
+        self._tell(pace, "the training of Q")
         if learner.skipped:
             self.notes.append(
                 f"{learner.skipped} of {pace.step} updates of Q were left out: their gradients were not finite"
+            )
+
+    def _tell(self, pace: Pace, what: str) -> None:
+        if pace.enough:
+            self.notes.append(
+                f"{what} ended after {pace.step} steps with time left: more have not helped elsewhere"
             )
 
     def _shown(self, images: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ _PAPER: dict[str, Any] = {
     "schedule": "stages",
     "ranges": "minmax",
     "learn_step_sizes": False,
+    "keep_best": False,
 }
 
 
