@@ -6,6 +6,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from adadfq_plugin.backends.fx import qconfig_mapping
 from adadfq_plugin.config import Scheme
@@ -105,6 +106,28 @@ def prepared(bits: int = 8, model: nn.Module | None = None) -> Any:
     scheme = Scheme(weight_bits=bits, activation_bits=bits)
     model = trained() if model is None else model
     return prepare_qat_fx(model.train(), qconfig_mapping(scheme), (torch.zeros(2, *SIZE),))
+
+
+class _Joins(TorchFunctionMode):
+    """Notes the quantization parameters of the tensors of each concatenation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[set[tuple[float, int]]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.cat:
+            integers = [each for each in args[0] if each.is_quantized]
+            self.seen.append({(each.q_scale(), each.q_zero_point()) for each in integers})
+        return func(*args, **(kwargs or {}))
+
+
+def joined(converted: nn.Module, batch: Tensor) -> list[set[tuple[float, int]]]:
+    """Scales and zero points of the integers that each concatenation of a converted model joins."""
+    joins = _Joins()
+    with torch.no_grad(), joins:
+        converted(batch)
+    return joins.seen
 
 
 def state(model: nn.Module) -> dict[str, object]:

@@ -23,6 +23,7 @@ from torch.ao.quantization.fx.custom_config import PrepareCustomConfig
 from torch.ao.quantization.observer import MinMaxObserver, NoopObserver, PerChannelMinMaxObserver
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx, prepare_qat_fx
 
+import adadfq_plugin
 from adadfq_plugin.backends.fx import FXBackend, FXPrepared, best_engine, qconfig_mapping, using_engine
 from adadfq_plugin.backends.fx import kernels as kernels_module
 from adadfq_plugin.backends.fx import prepared as prepared_module
@@ -577,3 +578,93 @@ def test_averages_of_tensors_without_such_layouts_convert() -> None:
     )
     fake, converted = fake_and_converted(model)
     assert (fake - converted).abs().mean() <= 0.05 * fake.std()
+
+
+class Joins(nn.Module):
+    """A tensor that two concatenations join, in the first of them with one of 20 times its range.
+
+    Args:
+        both: what becomes of the tensor in both of them.
+        large: what becomes of the other one.
+    """
+
+    def __init__(self, both: Any, large: Any) -> None:
+        super().__init__()
+        self.one, self.two, self.three = (nn.Conv2d(3, 8, 3) for _ in range(3))
+        self.both, self.large, self.head = both, large, nn.Linear(16, models.CLASSES)
+        with torch.no_grad():
+            self.two.weight *= 20
+
+    def forward(self, x: Tensor) -> Tensor:
+        both, large = self.both(self.one(x)), self.large(self.two(x))
+        first, second = torch.cat([both, large], 1), torch.cat([self.three(x), both], 1)
+        return cast(Tensor, self.head((first * second).mean((2, 3))))
+
+
+def same(x: Tensor) -> Tensor:
+    return x
+
+
+def turned(x: Tensor) -> Tensor:
+    return x.permute(0, 1, 3, 2)
+
+
+def pooled(x: Tensor) -> Tensor:
+    return nn.functional.max_pool2d(x, 3, 1, 1)
+
+
+def averaged(x: Tensor) -> Tensor:
+    return nn.functional.avg_pool2d(x, 3, 1, 1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    ("both", "large"),
+    [(same, same), (turned, turned), (same, pooled), (averaged, same), (same, nn.functional.relu6)],
+)
+def test_concatenations_join_equal_levels(both: Any, large: Any, seed: int) -> None:
+    """torch.ao gives each tensor the quantizer of the last one's first, and forgets what else had shared it."""
+    torch.manual_seed(seed)
+    prepared, batch = models.prepared(8, Joins(both, large)), models.images(64)
+    settings = {"samples": 32, "batch_size": 16, "steps": 8}
+    facts: Any = {"input_size": models.SIZE, "mean": (0.0,) * 3, "std": (1.0,) * 3}
+    adadfq_plugin.calibrate(prepared, method="noise", settings=settings, **facts)
+    with torch.no_grad():
+        fake = prepared.eval()(batch)
+        converted = convert_fx(copy.deepcopy(prepared))
+        assert (converted(batch) - fake).abs().mean() <= 0.02 * fake.std()
+    assert [len(levels) for levels in models.joined(converted, batch)] == [1, 1]
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_levels_that_a_concatenation_changes_are_few(bits: int) -> None:
+    """Narrow levels saturate in front of the concatenation and behind it; a ReLU6 there is left to its quantizer."""
+    prepared, batch = models.prepared(bits, Joins(turned, nn.functional.relu6)), models.images(64)
+    opened = FXBackend().open(prepared)
+    assert [each.limits for each in opened._quantizers() if each.limits is not None] == [(0, 6)]
+    observed(opened, batch)
+    with torch.no_grad():
+        with opened.phase(Phase.EVALUATE):
+            fake = opened.module(batch)
+        opened.commit()
+        assert torch.equal(prepared.eval()(batch), fake)
+        converted = convert_fx(copy.deepcopy(prepared))
+        assert (converted(batch) - fake).abs().mean() <= 0.05 * fake.std()
+    again = FXBackend().open(prepared)
+    assert len(again.module.graph.nodes) <= len(prepared.graph.nodes)  # nothing is put there twice
+    assert [len(levels) for levels in models.joined(converted, batch)] == [1, 1]
+
+
+@pytest.mark.parametrize("qat", [True, False])
+def test_observed_concatenations_convert(qat: bool) -> None:
+    """Also with the user's own observers, which see what they have rounded once more."""
+    model, batch = Joins(same, turned).eval(), models.images(64)
+    prepare = prepare_qat_fx if qat else prepare_fx
+    prepared = prepare(model.train(qat), users_mapping(8, observers=not qat), EXAMPLE)
+    opened = FXBackend().open(prepared)
+    observed(opened, batch)
+    converted = opened.convert()
+    with torch.no_grad():
+        expected = model.eval()(batch)
+        assert (converted(batch) - expected).abs().mean() <= 0.2 * expected.std()
+    assert [len(levels) for levels in models.joined(converted, batch)] == [1, 1]

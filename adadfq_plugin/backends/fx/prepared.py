@@ -27,6 +27,7 @@ from adadfq_plugin.backends.fx.folding import (
     sites,
 )
 from adadfq_plugin.backends.fx.kernels import GROUPS, adds_in_16_bits, has_vnni, largest_weight, using_engine
+from adadfq_plugin.backends.fx.levels import INTEGER, requantize
 from adadfq_plugin.contracts import Phase
 from adadfq_plugin.errors import ModelError
 from adadfq_plugin.fake_quantize import switched
@@ -41,7 +42,6 @@ CALIBRATED = "adadfq_calibrated"
 """Key of ``meta`` for models that :meth:`FXPrepared.commit` has written."""
 IN_FLOAT = "adadfq_in_float"
 """Key of ``meta`` for sentences about what was left in float."""
-INTEGER = (torch.quint8, torch.qint8)
 WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.ConvTranspose1d, nn.ConvTranspose2d)
 
 
@@ -79,9 +79,10 @@ class FXPrepared:
 
     Args:
         original: a model of ``prepare_qat_fx`` or ``prepare_fx``; touched by :meth:`commit` alone.
+        requantized: whether tensors are brought to the levels of what they are concatenated with.
     """
 
-    def __init__(self, original: GraphModule) -> None:
+    def __init__(self, original: GraphModule, *, requantized: bool = True) -> None:
         self._original = original
         self._calibrated = bool(original.meta.get(CALIBRATED))
         self.notes: list[str] = list(original.meta.get(IN_FLOAT, ()))
@@ -97,6 +98,8 @@ class FXPrepared:
                 f"{copies} repeated {what} of the weights: an integer layer has one scale of its output"
             )
         fold_batch_norm(self.module)
+        if requantized:
+            requantize(self.module)
         self.lowest_bits = 8
         """Narrowest weight or activation that was asked for, in bits; 8 where torch.ao's observers decide."""
         if self.trainable:

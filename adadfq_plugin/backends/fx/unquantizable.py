@@ -34,6 +34,7 @@ from adadfq_plugin.errors import UntraceableError
 __all__ = ["CallSite", "leave_in_float", "numbered", "unquantizable"]
 
 _MAX_TRIALS = 20
+_APART = 1e-5  # between the logarithms of two step sizes
 _MAX_WRONG = 0.01  # share of the results; right kernels are a level off at most, at ties
 
 _JOINING = (torch.cat, torch.concat, torch.stack)
@@ -103,8 +104,8 @@ def unquantizable(
     - a sum or product of a tensor and a number: torch.ao fake-quantizes what goes in and what comes out at the same
       levels, however far apart the two ranges are, and the integer kernel computes the result without them;
     - a call without an integer kernel (bicubic interpolation): all calls of that function or method are left out;
-    - a concatenation of tensors with different quantization parameters, which the integer kernel takes for equal ones:
-      only that call is left out;
+    - a concatenation of tensors that don't share a quantizer, as the integer kernel wants them to: only that call is
+      left out;
     - a call whose integer kernel gives wrong numbers (in oneDNN some grouped convolutions, and transposed ones with
       other numbers of channels in and out; interpolation of one place, from some layouts): that module is left out, or
       all calls of that function or method.
@@ -216,11 +217,14 @@ def _trial(traced: fx.GraphModule, mapping: QConfigMapping, images: Tensor) -> l
     """Convert a copy of the model and return what fails in it, up to the first exception."""
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        opened = FXPrepared(prepare_qat_fx(copy.deepcopy(traced).train(), mapping, (images,)))
+        prepared = prepare_qat_fx(copy.deepcopy(traced).train(), mapping, (images,))
+        opened = FXPrepared(prepared, requantized=False)
         with opened.phase(Phase.OBSERVE):
             opened.module(images)
         opened.set_ranges("minmax")
-        trial = _Trial(cast(fx.GraphModule, opened.convert()), opened.origins)
+        for place, step in enumerate(opened.steps()):  # other quantizers differ, whatever the images
+            step.data += _APART * place
+        trial = _Trial(cast(fx.GraphModule, opened.convert().eval()), opened.origins)
         with contextlib.suppress(_Stopped):
             trial.run_nodes(images)
     return trial.sites

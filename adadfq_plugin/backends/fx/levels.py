@@ -1,0 +1,63 @@
+"""Which calls keep the levels of their input, and what they need where torch.ao gives their output others."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+from torch.ao.quantization.backend_config import ObservationType, get_native_backend_config
+from torch.fx import GraphModule, Node
+
+from adadfq_plugin.backends.fx.folding import is_quantizer
+
+__all__ = ["INTEGER", "requantize"]
+
+INTEGER = (torch.quint8, torch.qint8)
+
+
+@functools.cache
+def _keeping_levels() -> frozenset[Any]:
+    """The functions, names of methods and classes of modules whose integer forms have no scale of their own."""
+    share = ObservationType.OUTPUT_SHARE_OBSERVER_WITH_INPUT
+    return frozenset(
+        each.pattern for each in get_native_backend_config().configs if each.observation_type is share
+    )
+
+
+def requantize(model: GraphModule) -> None:
+    """Puts a further quantizer where a call that keeps its levels lies between two different ones; in place.
+
+    torch.ao lets such a call (a view, a pooling, a concatenation) share the quantizer of its first tensor. But a
+    concatenation hands that one to its other tensors as well, whatever these share with the calls around them. So the
+    quantizer behind a view may be another than the one in front, and that of a first tensor another than its
+    concatenation's; the integer calls know nothing of it.
+
+    Args:
+        model: a prepared model.
+    """
+    for node in list(model.graph.nodes):
+        called = type(model.get_submodule(str(node.target))) if node.op == "call_module" else node.target
+        if called not in _keeping_levels():
+            continue
+        for quantized in [each for each in node.users if _quantizer(model, each) is not None]:
+            for source in node.all_input_nodes:
+                if _quantizer(model, source) in (None, _quantizer(model, quantized)):
+                    continue
+                if source is node.args[0]:  # keeps the levels, and then takes the others
+                    before, levels, user = node, source, quantized
+                else:  # one of several tensors
+                    before, levels, user = source, quantized, node
+                with model.graph.inserting_before(user):
+                    again = model.graph.call_module(str(levels.target), (before,))
+                user.replace_input_with(before, again)
+    model.recompile()
+
+
+def _quantizer(model: GraphModule, node: Node) -> nn.Module | None:
+    """The observer or fake quantizer that a node calls, if it is one of integers with a scale of their own."""
+    module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
+    if module is None or not is_quantizer(module) or getattr(module, "is_dynamic", False):
+        return None
+    return module if getattr(module, "dtype", None) in INTEGER else None
