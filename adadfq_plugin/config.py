@@ -110,7 +110,7 @@ class GeneratorSettings(Settings):
     generator_learning_rate: Rate = Field(1e-3, description="learning rate of the generator (Adam)")
     generator_batch_size: Positive | None = Field(
         None,
-        description="images in a step of the generator; unset: as batch_size, 12 at most beyond 64 pixels",
+        description="images in a step of the generator; unset: as batch_size, 10 at most beyond 64 pixels",
     )
     warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
         None, description="steps of the generator before Q joins; unset: from the bits and the network's cost"

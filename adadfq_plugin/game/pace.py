@@ -20,8 +20,8 @@ CHEAP = 4e9
 """Multiply-adds of a batch's forward pass up to which a step counts as cheap."""
 REFINE = {2: 60, 3: 60, 4: 60, 5: 50, 6: 40, 7: 30, 8: 30}
 """Steps of each kept batch of images themselves."""
-LARGE_BATCH = 12
-"""Large images in a step of the generator: P's graph of 16 and G's took EfficientNet-Lite0 beyond 3 GiB."""
+LARGE_BATCH = 10
+"""Large images in a step of the generator: with 12, the whole command took EfficientNet-Lite0 beyond 3 GiB."""
 LEAST_STEPS, LEAST_WARMUP = 60, 40
 MOST = 3
 """Longest phases under a time limit, in lengths of a cheap network's: more steps have not helped."""
