@@ -38,7 +38,7 @@ class RealImages:
         assert isinstance(settings, RealSettings)
         images, _ = rulers.images(settings.network)
         images = images[rulers.seen(settings.network, len(images))]
-        kept_out = 0 if settings.steps == 0 else HELD_OUT
+        kept_out = 0 if settings.steps == 0 else HELD_OUT + len(images) % HELD_OUT  # whole batches
         samples = settings.samples or len(images) - kept_out
         if samples > len(images) - kept_out:
             raise SettingsError(f"samples = {samples}: there are {len(images) - kept_out} real images")
