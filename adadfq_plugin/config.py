@@ -85,11 +85,6 @@ class Settings(_Frozen):
         0.5,
         description="share of Q's batches that are mixed in pairs, P's answers to the mixtures as targets",
     )
-    light: NonNegative = Field(
-        0.5,
-        description="deviation of the brightness, and of its slope over an image, that is added to each image that "
-        "Q learns from, in units of the network's input",
-    )
     ranges: Literal["mse", "minmax"] = Field("mse", description="start of the activation and weight ranges")
     range_samples: Positive = Field(256, description="images that the observers see")
     learn_step_sizes: bool = Field(True, description="train the step sizes of weights and activations (LSQ)")

@@ -15,7 +15,7 @@ from adadfq_plugin.backends.fx import FXPrepared
 from adadfq_plugin.config import AdaDFQSettings, GeneratorSettings, Settings
 from adadfq_plugin.contracts import Phase
 from adadfq_plugin.errors import ModelError
-from adadfq_plugin.game import GeneratorPlayer, Pace, ReplayPool, augment, lit, make_plan, mixed
+from adadfq_plugin.game import GeneratorPlayer, Pace, ReplayPool, augment, make_plan, mixed
 from adadfq_plugin.game.best import BestState
 from adadfq_plugin.game.quantized import QuantizedPlayer, in_pieces
 from adadfq_plugin.generators import Generator, coloured, natural_noise, whitened
@@ -115,19 +115,6 @@ def test_views_are_parts_of_their_images() -> None:
     assert 60 < (slopes < 0).sum() < 140  # half of them flipped
     again = augment(across, torch.Generator().manual_seed(0))
     assert torch.equal(again, views)
-
-
-def test_light_is_smooth_and_of_the_given_deviation() -> None:
-    rng = torch.Generator().manual_seed(0)
-    images = torch.zeros(4000, 3, 12, 8)
-    light = lit(images, 0.3, rng)
-    assert light.std().item() == pytest.approx(0.3 * 2**0.5, rel=0.05)  # brightness and slope
-    assert light.mean((2, 3)).std().item() == pytest.approx(0.3 * 1.25, rel=0.05)  # 1 + 1.5**2 / 4 corners
-    bends = light[..., 2:] - 2 * light[..., 1:-1] + light[..., :-2]
-    assert bends.abs().max() < 1e-5  # linear along a row
-    colours = torch.corrcoef(light.movedim(1, 0).flatten(1))
-    assert colours[0, 1] == pytest.approx(0.9, abs=0.02)
-    assert lit(images, 0.0, rng) is images
 
 
 def test_whitened_images_are_what_they_are_coloured_from() -> None:

@@ -5,7 +5,7 @@ Refined without Q, they join the pool that Q learns from.
 
 from adadfq_plugin.game.generator import GeneratorPlayer
 from adadfq_plugin.game.pace import Pace, Plan, make_plan
-from adadfq_plugin.game.pool import ReplayPool, augment, lit, mixed
+from adadfq_plugin.game.pool import ReplayPool, augment, mixed
 from adadfq_plugin.game.quantized import QuantizedPlayer
 
 __all__ = [
@@ -15,7 +15,6 @@ __all__ = [
     "QuantizedPlayer",
     "ReplayPool",
     "augment",
-    "lit",
     "make_plan",
     "mixed",
 ]

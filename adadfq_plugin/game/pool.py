@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adadfq_plugin.generators import COLOUR
-
-__all__ = ["ReplayPool", "augment", "lit", "mixed"]
+__all__ = ["ReplayPool", "augment", "mixed"]
 
 SMALLEST_VIEW = 0.6
 """Least share of an image's side that a view of it shows."""
@@ -34,34 +30,6 @@ def augment(images: Tensor, rng: torch.Generator) -> Tensor:
     theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = share * flip, share, place
     grid = F.affine_grid(theta, list(images.shape), align_corners=False).to(images)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-
-
-def lit(images: Tensor, deviation: float, rng: torch.Generator) -> Tensor:
-    r"""Images in another light: a brightness and a slope of it, drawn for each image, nearly alike in all channels.
-
-    .. math:: x' = x + \sigma\,(b + s(u, v)), \quad b \sim N(0, 1), \quad s \text{ bilinear between } N(0, 1)
-        \text{ at the corners, over the square root of its mean variance}
-
-    Args:
-        images: (N, C, H, W) in units of the network's input.
-        deviation: :math:`\sigma`, in the same units.
-        rng: source of randomness, on the CPU.
-
-    Returns:
-        images of the same shape, beyond the values of valid pixels here and there.
-    """
-    if not deviation:
-        return images
-    count, channels, *size = images.shape
-
-    def corners(side: int) -> Tensor:
-        shared, own = (torch.randn(count, each, side, side, generator=rng) for each in (1, channels))
-        return math.sqrt(COLOUR) * shared + math.sqrt(1 - COLOUR) * own
-
-    slope = (
-        F.interpolate(corners(2), size=size, mode="bilinear", align_corners=True) * 1.5
-    )  # its deviation is 2 / 3
-    return torch.add(images, (corners(1) + slope).to(images), alpha=deviation)
 
 
 def mixed(images: Tensor, share: float, rng: torch.Generator) -> Tensor:

@@ -16,7 +16,7 @@ from adadfq_plugin.dataset import SyntheticDataset
 from adadfq_plugin.game.best import BestState
 from adadfq_plugin.game.generator import GeneratorPlayer
 from adadfq_plugin.game.pace import Pace, make_plan
-from adadfq_plugin.game.pool import ReplayPool, augment, lit, mixed
+from adadfq_plugin.game.pool import ReplayPool, augment, mixed
 from adadfq_plugin.game.quantized import QuantizedPlayer, in_pieces
 from adadfq_plugin.history import History
 
@@ -198,14 +198,13 @@ class Run:
         return {**figures, "loss": loss.item()}
 
     def _lesson(self, learner: QuantizedPlayer, player: GeneratorPlayer | None) -> dict[str, float]:
-        """Q moves on kept samples, or on G's newest without replay, in another light; some of the batches are mixed."""
+        """Q moves on kept samples, or on G's newest without replay; some of the batches are mixed."""
         settings = self.task.settings
         if player is not None and isinstance(settings, AdaDFQSettings) and not settings.replay:
             images, _ = player.sample()
         else:
             images, _ = self.pool.draw(self.plan.batch_size)
-        images = lit(self._shown(images), settings.light, self.rng)
-        images = mixed(self.task.teacher.facts.clip(images), settings.mixup, self.rng)
+        images = mixed(self._shown(images), settings.mixup, self.rng)
         return {"loss": learner.learn(images, PIECE if self.task.teacher.facts.large else None)}
 
     def outcome(self, method: str) -> Outcome:

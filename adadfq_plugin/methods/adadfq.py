@@ -20,7 +20,6 @@ _PAPER: dict[str, Any] = {
     "gamma": 1.0,
     "refine_steps": 0,
     "mixup": 0.0,
-    "light": 0.0,
     "bn_units": "absolute",
     "generator_width": 128,
     "optimizer": "sgd",
