@@ -89,7 +89,7 @@ class Settings(_Frozen):
     range_samples: Positive = Field(256, description="images that the observers see")
     learn_step_sizes: bool = Field(True, description="train the step sizes of weights and activations (LSQ)")
     keep_best: bool = Field(
-        True, description="leave Q's best state on samples kept from its training, not its last one"
+        True, description="leave Q's best state on samples kept from its training where its last one is worse"
     )
 
     def model_post_init(self, _context: Any) -> None:
@@ -115,7 +115,7 @@ class GeneratorSettings(Settings):
         description="steps on each kept batch of images, by the priors' loss and the labels'; unset: from the bits",
     )
     refine_rate: Rate = Field(
-        0.1, description="learning rate of kept images (Adam), in deviations of noise with their spectrum"
+        0.025, description="learning rate of kept images (Adam), as a share of the range of valid pixels"
     )
     second_class: Fraction = Field(
         0.5, description="largest share of a second class in what a refined image is to show"

@@ -380,14 +380,15 @@ def test_force_replaces(given: Given, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "report.json").read_text())["boundaries"] is None
 
 
+@pytest.mark.parametrize("worth", [1.0, float("nan")])
 def test_an_unfaithful_conversion_is_not_passed_over(
-    given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worth: float
 ) -> None:
     quantize = api.quantize
 
     class Wrong(torch.nn.Module):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
-            return torch.eye(10)[images[:, 0, 0, 0].mul(1e4).long() % 10]
+            return torch.eye(10)[images[:, 0, 0, 0].mul(1e4).long() % 10] * worth
 
     def unfaithful(*arguments: Any, **settings: Any) -> api.Result:
         return dataclasses.replace(quantize(*arguments, **settings), quantized=Wrong())

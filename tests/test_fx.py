@@ -541,6 +541,17 @@ def test_each_call_of_a_layer_has_a_scale_of_its_own(qat: bool) -> None:
         assert torch.equal(convert_fx(prepared.eval())(batch), converted)
 
 
+def test_a_layer_in_float_is_not_copied() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 3, 3, padding=1), norm := nn.GroupNorm(1, 3), nn.Conv2d(3, 3, 1), norm, nn.Flatten()
+    )
+    mapping = qconfig_mapping(Scheme()).set_object_type(nn.GroupNorm, None)
+    prepared = prepare_qat_fx(model.train(), mapping, EXAMPLE)
+    opened = FXBackend().open(prepared)
+    assert not any("repeated call" in note for note in opened.notes)
+    assert opened.origins == {}
+
+
 class Pooled(nn.Module):
     """Averages over quantized tensors that are not channels last: the images, and what a permutation leaves."""
 

@@ -164,6 +164,9 @@ def test_pace_counts_or_follows_the_clock(monkeypatch: pytest.MonkeyPatch) -> No
     limited = make_plan(GeneratorSettings(samples=128, batch_size=32), limited_teacher, 4, 10)
     assert limited.pace("samples").seconds == pytest.approx(600 * 0.35 / 5)  # four batches and one kept out
     assert limited.pace("game").most == 3 * make_plan(Settings(), limited_teacher, 4).steps
+    default = make_plan(GeneratorSettings(), limited_teacher, 4)  # of a network without BatchNorm
+    assert limited.pace("warmup").most == 3 * default.warmup
+    assert limited.pace("samples").most == 3 * default.refine
     told = make_plan(
         GeneratorSettings(samples=128, batch_size=32, warmup_steps=7, refine_steps=0),
         Teacher(nn.Identity(), Facts((3, 8, 8), 3)),
@@ -289,10 +292,20 @@ def test_the_best_state_comes_back() -> None:
         with torch.no_grad():
             parameters[0].fill_(torch.nan)
         best.look(2)
-        best.restore()
+        assert best.restore()
         assert (best.step, best.divergence, best.looked) == (0, first, 2)
         assert all(map(torch.equal, parameters, good))
         assert best.look(3) == first
+        assert not best.restore()  # as good as the best
+        with torch.no_grad():
+            parameters[0].fill_(torch.nan)
+        worse = BestState(opened, models.teacher(), batch, parameters)
+        worse.look(0)
+        with torch.no_grad():
+            parameters[0].copy_(good[0])
+        assert worse.look(1) == first
+        assert not worse.restore()
+        assert (worse.step, worse.divergence) == (1, first)
     assert sum(best.due(step, 1000) for step in range(1, 1001)) == 8
     assert best.due(1000, 1000)
     assert [best.due(step, 3) for step in (1, 2, 3)] == [True] * 3

@@ -26,7 +26,7 @@ from torch.ao.quantization.quantize_fx import convert_fx, prepare_qat_fx
 import adadfq_plugin
 from adadfq_plugin.backends.fx import FXBackend
 from adadfq_plugin.backends.fx.traceable import INPUT_SIZE, traceable
-from adadfq_plugin.backends.fx.unquantizable import leave_in_float, unquantizable
+from adadfq_plugin.backends.fx.unquantizable import _Trial, leave_in_float, unquantizable
 from adadfq_plugin.config import Scheme
 from adadfq_plugin.contracts import Phase
 from adadfq_plugin.errors import UntraceableError
@@ -533,6 +533,31 @@ def test_every_call_is_compared_with_its_float_form(name: str, enlarge: Any) -> 
     """Integer kernels take one place for channels last whatever its strides, and mix the channels (torch 2.14)."""
     fake, converted, (note,) = fake_and_converted(Enlarged(enlarge), torch.randn(8, 3, 12, 12))
     assert note.startswith(f"torch.nn.functional.{name} stays in float: the integer kernel is wrong: ")
+    assert (converted - fake).abs().mean() < 0.02 * fake.std()
+
+
+class Summed(nn.Module):
+    def __init__(self, add: Any) -> None:
+        super().__init__()
+        self.one, self.other, self.add = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3), add
+
+    def forward(self, x: Tensor) -> Tensor:
+        total: Tensor = self.add(self.one(x), self.other(x)).flatten(2).mean(2)
+        return total
+
+
+@pytest.mark.parametrize("add", [torch.add, operator.add], ids=["torch", "operator"])
+def test_wrong_sums_stay_in_float_by_either_name(add: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The integer kernel is the same, and its name has to lead back to the call."""
+    exact = _Trial._exact
+
+    def off(self: Any, node: Any, args: Any, kwargs: Any) -> Any:
+        result = exact(self, node, args, kwargs)
+        return result + 100 if node.target is torch.ops.quantized.add else result
+
+    monkeypatch.setattr(_Trial, "_exact", off)
+    fake, converted, (note,) = fake_and_converted(Summed(add), torch.randn(8, 3, 12, 12))
+    assert "add stays in float: the integer kernel is wrong" in note
     assert (converted - fake).abs().mean() < 0.02 * fake.std()
 
 

@@ -111,7 +111,7 @@ def quantize(plan: Plan, output: Path, images: Images | None, *, force: bool, ba
     example = samples.images(0, 1)
     fidelity, strayed = _fidelity(model, result.prepared, converted, samples, bars)
     warnings = list(result.warnings)
-    if fidelity < FAITHFUL and strayed > 1:
+    if fidelity < FAITHFUL and not strayed <= 1:  # NaN is no fidelity
         warnings.append(
             f"on the synthetic set the converted network agrees with the fake-quantized one on {percent(fidelity)} "
             f"alone, and its logits are {strayed:.1f} times as far from that one's as those are from the float "

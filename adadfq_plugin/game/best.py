@@ -16,12 +16,16 @@ __all__ = ["BestState"]
 
 LOOKS = 8
 """How often Q is looked at on its way, beside the state that it starts from."""
+MARGIN = 0.1
+"""By how much the last state must be worse than the best one to be given up: few images judge them."""
 PIECE = 16
 """Images a forward pass."""
 
 
 class BestState:
     """Keeps the parameters at which Q's divergence from P was smallest; no label is asked for.
+
+    It is a safety net: with rates that fall to zero the last state is nearly as good as any, or training did harm.
 
     Args:
         prepared: Q, whose phase is the caller's business.
@@ -37,7 +41,8 @@ class BestState:
         with torch.no_grad():
             self._z_p = torch.cat([teacher(piece) for piece in images.split(PIECE)])
         self._kept: list[Tensor] = []
-        self.divergence, self.step, self.looked = math.inf, 0, -1
+        self.divergence, self.step = math.inf, 0
+        self.latest, self.looked = math.inf, -1
 
     def due(self, step: int, total: int) -> bool:
         """Whether an eighth of the steps ends with this one."""
@@ -48,14 +53,17 @@ class BestState:
         """The divergence after ``step`` steps, in nats; the state is kept if there was no better one."""
         z_q = torch.cat([self._prepared.module(piece) for piece in self._images.split(PIECE)])
         divergence = kl_divergence_loss(self._z_p, z_q, temperature=1.0).item()
-        self.looked = step
-        if divergence < self.divergence or not self._kept:
-            self.divergence, self.step = divergence, step
+        self.latest, self.looked = divergence if math.isfinite(divergence) else math.inf, step
+        if self.latest < self.divergence or not self._kept:
+            self.divergence, self.step = self.latest, step
             self._kept = [parameter.detach().clone() for parameter in self._parameters]
         return divergence
 
     @torch.no_grad()
-    def restore(self) -> None:
-        """Puts the best state back."""
+    def restore(self) -> bool:
+        """Puts the best state back where the last one looked at is clearly worse; whether it was."""
+        if self.latest <= (1 + MARGIN) * self.divergence:
+            return False
         for parameter, kept in zip(self._parameters, self._kept, strict=True):
             parameter.copy_(kept)
+        return True

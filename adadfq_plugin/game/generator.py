@@ -127,7 +127,7 @@ class GeneratorPlayer:
         """
         white = whitened(images.detach()).requires_grad_(True)
         figures: dict[str, float] = {}
-        rate = self.settings.refine_rate
+        rate = self.settings.refine_rate * self.teacher.facts.reach
         optimizer = torch.optim.Adam([white], lr=rate, betas=(0.5, 0.999))
         target = self._shared(labels)
         for _ in pace:

@@ -82,13 +82,14 @@ def make_plan(settings: Settings, teacher: Teacher, bits: int, minutes: float | 
     bits = min(max(bits, 2), 8)
     small = not teacher.facts.large
     batch = settings.batch_size or (64 if small else 16)
-    generator_batch, warmup, refine = batch, 0, 0
+    generator_batch, warmup, refine, most = batch, 0, 0, {"game": MOST * STEPS[bits]}
     slow = max(1.0, batch * teacher.macs / CHEAP)
     if isinstance(settings, GeneratorSettings):
         generator_batch = settings.generator_batch_size or (batch if small else min(batch, LARGE_BATCH))
         statistics = bool(batch_norms(teacher.model))  # without, images start from natural noise
-        warmup = max(LEAST_WARMUP, round(WARMUP[bits] / slow / (1 if statistics else 4)))
-        refine = REFINE[bits] // (1 if statistics else 2)
+        enough, refine = WARMUP[bits] / (1 if statistics else 4), REFINE[bits] // (1 if statistics else 2)
+        warmup = max(LEAST_WARMUP, round(enough / slow))
+        most |= {"warmup": max(LEAST_WARMUP, round(MOST * enough)), "samples": MOST * refine}
         if settings.warmup_steps is not None:
             warmup = settings.warmup_steps
         if settings.refine_steps is not None:
@@ -97,7 +98,6 @@ def make_plan(settings: Settings, teacher: Teacher, bits: int, minutes: float | 
     samples = settings.samples or (1024 if small else 64)
     names = {"warmup": "warmup_steps", "samples": "refine_steps", "game": "steps"}
     told = frozenset(phase for phase, name in names.items() if getattr(settings, name, None) is not None)
-    most = {name: MOST * table[bits] for name, table in zip(names, (WARMUP, REFINE, STEPS), strict=True)}
     return Plan(batch, generator_batch, samples, warmup, steps, refine, minutes, told, most)
 
 

@@ -122,7 +122,7 @@ class Run:
         pace = self.plan.pace("game")
         learner = QuantizedPlayer(self.task.prepared, self.task.teacher, self.task.settings, pace)
         watching = player.watching() if player is not None else nullcontext()
-        best = None
+        best, taken_back = None, False
         if len(self.held_out):
             held_out = self._shown(self.held_out)
             best = BestState(self.task.prepared, self.task.teacher, held_out, learner.parameters)
@@ -140,11 +140,11 @@ class Run:
             if best is not None:
                 if best.looked < pace.step:  # a time limit is known to have ended only then
                     best.look(pace.step)
-                best.restore()
-        if best is not None and best.step < pace.step:
+                taken_back = best.restore()
+        if best is not None and taken_back:
             self.notes.append(
-                f"Q is left as it was after {best.step} of {pace.step} steps: on images kept from training no "
-                "later state was nearer to P"
+                f"Q is left as it was after {best.step} of {pace.step} steps: on images kept from training the last "
+                "state was farther from P"
             )
         self._tell(pace, "the training of Q")
         if learner.skipped:

@@ -14,7 +14,7 @@ import torch.ao.nn.qat as nnqat
 from torch import Tensor, nn
 from torch.ao.quantization.fake_quantize import FakeQuantizeBase
 from torch.ao.quantization.observer import ObserverBase
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 __all__ = ["float_copy", "fold_batch_norm", "is_quantizer", "replace_module", "separate_calls", "sites"]
@@ -61,8 +61,16 @@ def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, new)
 
 
+def _is_quantized(model: GraphModule, node: Node) -> bool:
+    """Whether a quantizer stands behind a call."""
+    return any(
+        user.op == "call_module" and is_quantizer(model.get_submodule(str(user.target)))
+        for user in node.users
+    )
+
+
 def separate_calls(model: GraphModule) -> dict[str, str]:
-    """Gives each further call of a module a copy of its own, in place.
+    """Gives each further quantized call of a module a copy of its own, in place.
 
     torch.ao keeps one scale of the output in an integer module, whatever number of quantizers stand behind its calls.
 
@@ -77,7 +85,7 @@ def separate_calls(model: GraphModule) -> dict[str, str]:
     origins: dict[str, str] = {}
     for node in model.graph.nodes:
         module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if module is None or is_quantizer(module):
+        if module is None or is_quantizer(module) or not _is_quantized(model, node):
             continue
         if id(module) in called:
             path = str(node.target)

@@ -41,6 +41,7 @@ _JOINING = (torch.cat, torch.concat, torch.stack)
 _ARITHMETIC = (operator.add, operator.sub, operator.mul, torch.add, torch.sub, torch.mul)
 _SHARING = (operator.add, operator.mul, torch.add, torch.mul)
 """What torch.ao quantizes with a number as well, and then at the levels of its one tensor."""
+_ALIASES: dict[Any, Any] = {torch.add: operator.add, torch.mul: operator.mul, operator.matmul: torch.matmul}
 _WITH_RELU = (torch.ops.quantized.add_relu, torch.ops.quantized.mul_relu)
 _LOWERED: dict[Any, Any] = {
     **dict.fromkeys((torch.ops.quantized.add, torch.ops.quantized.add_relu), operator.add),
@@ -209,7 +210,8 @@ def _name(node: fx.Node) -> str:
     if node.target is in_float:
         return str(node.args[0])
     if node.op == "call_function":
-        return _get_qualified_name(_LOWERED.get(node.target, node.target))
+        called = _LOWERED.get(node.target, node.target)
+        return _get_qualified_name(_ALIASES.get(called, called))
     return f".{node.target}" if node.op == "call_method" else str(node.target)
 
 
