@@ -67,6 +67,9 @@ def write_table(rows: dict[str, Row], path: Path) -> None:
         )
         lines.append(f"| `{backend}` | " + " | ".join(map(str, counts)) + " |")
     taken = [each for each in auto if each]
+    missing = {
+        backend: [name for name, rows_of in by_name.items() if backend not in rows_of] for backend in BACKENDS
+    }
     lines.append(f"| `auto` | {total} | {len(taken)} ({taken.count('pt2e')} by `pt2e`) | | |")
     lines += [
         "",
@@ -77,6 +80,10 @@ def write_table(rows: dict[str, Row], path: Path) -> None:
         "once settled, which is what the figures are of. There, BatchNorm has the statistics of",
         f"{SETTLED} random images, scales of residual branches below {BRANCH} have that value, and the classifier is",
         "changed so that each logit has mean 0 and deviation 1 over random images.",
+        "",
+        "`auto` was not run: it follows from both rows, and takes `pt2e` where `fx` refuses to prepare. Converted models",
+        "of `pt2e` were run eagerly, which computes in float what they have quantized: their agreement says that the",
+        "conversion kept the network, and nothing of Inductor's integer kernels.",
         "",
         "- Integer: share of the multiply-adds of convolutions, linear layers and matrix products that integer modules",
         "  do (`fx`), or whose operands are both dequantized, so that Inductor finds an integer kernel (`pt2e`).",
@@ -90,6 +97,7 @@ def write_table(rows: dict[str, Row], path: Path) -> None:
         "",
         "Written by `python benchmarks/coverage.py` and `python benchmarks/coverage.py --backend pt2e`. A row stays",
         "until its family is run again, so that rows are of different commits.",
+        *(f"Not run under `{each}`: {', '.join(names)}." for each, names in missing.items() if names),
         "",
         "| family | backend | model | input | way | integer | images | agreement | converted | quantized | remark |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
