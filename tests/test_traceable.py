@@ -552,7 +552,7 @@ def test_wrong_sums_stay_in_float_by_either_name(add: Any, monkeypatch: pytest.M
     exact = _Trial._exact
 
     def off(self: Any, node: Any, args: Any, kwargs: Any) -> Any:
-        result = exact(self, node, args, kwargs)
+        result: Any = exact(self, node, args, kwargs)
         return result + 100 if node.target is torch.ops.quantized.add else result
 
     monkeypatch.setattr(_Trial, "_exact", off)
