@@ -71,10 +71,13 @@ class Generator(nn.Module):
         torch.Size([2, 3, 32, 32])
     """
 
+    lowest: Tensor
+    highest: Tensor
+
     def __init__(self, facts: Facts, latent_dim: int, width: int) -> None:
         super().__init__()
         channels, height, side = facts.input_size
-        self.facts, self.size = facts, (height, side)
+        self.size = (height, side)
         self.latent_dim, self.num_classes = latent_dim, facts.num_classes
         _, stages = _start(max(height, side))
         start = (-(-height // 2**stages), -(-side // 2**stages))
@@ -88,6 +91,8 @@ class Generator(nn.Module):
         )
         self.to_image = nn.Conv2d(widths[-1], channels, 3, padding=1)
         self.standardize = nn.BatchNorm2d(channels, affine=False, track_running_stats=False)
+        self.register_buffer("lowest", facts.normalize(torch.zeros(1, channels, 1, 1)), persistent=False)
+        self.register_buffer("highest", facts.normalize(torch.ones(1, channels, 1, 1)), persistent=False)
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
         """Images of the given labels.
@@ -105,11 +110,15 @@ class Generator(nn.Module):
             x = conv(nn.functional.interpolate(x, scale_factor=2.0, mode="nearest"))
             x = nn.functional.leaky_relu(norm(x, labels), 0.2)
         x = self.standardize(self.to_image(x))[..., : self.size[0], : self.size[1]]
-        return self.facts.clip(x)
+        return self.clip(x)
+
+    def clip(self, images: Tensor) -> Tensor:
+        """Images held to the values of valid pixels."""
+        return torch.minimum(torch.maximum(images, self.lowest), self.highest)
 
     def sample(self, count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """Latent vectors and uniform labels, on the generator's device."""
-        device = self.stem.weight.device
+        device = self.lowest.device
         z = torch.randn(count, self.latent_dim, generator=rng)
         labels = torch.randint(self.num_classes, (count,), generator=rng)
         return z.to(device), labels.to(device)

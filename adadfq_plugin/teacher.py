@@ -80,17 +80,6 @@ class Facts:
         mean, std = self._constants(images)
         return images * std + mean
 
-    @property
-    def reach(self) -> float:
-        """From the lowest to the highest valid pixel in units of the network's input, the mean over channels."""
-        return sum(1 / std for std in self.std) / len(self.std)
-
-    def clip(self, images: Tensor) -> Tensor:
-        """The network's input held to what valid pixels give."""
-        bounds = torch.tensor([0.0, 1.0]).to(images).view(2, 1, 1, 1).expand(2, self.input_size[0], 1, 1)
-        lowest, highest = self.normalize(bounds).split(1)
-        return images.clamp(lowest, highest)
-
     def _constants(self, like: Tensor) -> tuple[Tensor, Tensor]:
         mean = torch.tensor(self.mean, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)
         std = torch.tensor(self.std, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)

@@ -80,7 +80,7 @@ class GeneratorPlayer:
         if self.natural:
             noise = natural_noise(self.teacher.facts, self.batch_size, self._rng).to(images)
             share = math.sqrt(1 - self.natural**2)  # the deviation stays 1
-            images = self.teacher.facts.clip(self.natural * noise + share * images)
+            images = self.generator.clip(self.natural * noise + share * images)
         return images, labels
 
     @torch.no_grad()
@@ -127,17 +127,18 @@ class GeneratorPlayer:
         """
         white = whitened(images.detach()).requires_grad_(True)
         figures: dict[str, float] = {}
-        rate = self.settings.refine_rate * self.teacher.facts.reach
+        reach = self.generator.highest - self.generator.lowest
+        rate = self.settings.refine_rate * reach.mean().item()
         optimizer = torch.optim.Adam([white], lr=rate, betas=(0.5, 0.999))
         target = self._shared(labels)
         for _ in pace:
             optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * pace.fraction))
             pixels = coloured(white)
-            valid = pixels + (self.teacher.facts.clip(pixels) - pixels).detach()  # clipped ones may come back
+            valid = pixels + (self.generator.clip(pixels) - pixels).detach()  # clipped ones may come back
             loss, figures = self._recognised(prior, self.teacher(augment(valid, self._rng)), target, LABEL)
             (white.grad,) = torch.autograd.grad(loss, white)
             optimizer.step()
-        return self.teacher.facts.clip(coloured(white.detach())), figures
+        return self.generator.clip(coloured(white.detach())), figures
 
     def _shared(self, labels: Tensor) -> Tensor:
         """Class probabilities (N, C): the label, but for a random share that goes to a random class."""

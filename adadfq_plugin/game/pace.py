@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -67,7 +68,7 @@ class Plan:
         running = sum(SHARE[each] for each, steps in lengths.items() if steps and each not in self.told)
         batches = -(-self.samples // self.generator_batch_size) + 1 if phase == "samples" else 1
         seconds = self.minutes * 60 * (1 - REST) * SHARE[phase] / running / batches
-        return Pace(lengths[phase], seconds, self.most.get(phase))
+        return Pace(lengths[phase], seconds, self.most.get(phase, sys.maxsize))
 
 
 def make_plan(settings: Settings, teacher: Teacher, bits: int, minutes: float | None = None) -> Plan:
@@ -107,14 +108,14 @@ class Pace:
     Args:
         steps: number of steps when there is no time limit.
         seconds: time limit; the number of steps follows from the time of the first ones.
-        most: steps at which a time limit's phase ends though there is time left; None: no such number.
+        most: steps at which a time limit's phase ends though there is time left.
 
     Example:
         >>> [(step, pace.total) for pace in [Pace(2)] for step in pace]
         [(1, 2), (2, 2)]
     """
 
-    def __init__(self, steps: int, seconds: float | None = None, most: int | None = None) -> None:
+    def __init__(self, steps: int, seconds: float | None = None, most: int = sys.maxsize) -> None:
         self.total, self.seconds, self.most, self.step = steps, seconds, most, 0
         self.enough = False
         """Whether the time would have allowed more steps than ``most``."""
@@ -132,5 +133,5 @@ class Pace:
             if self.seconds is not None and self.step >= MEASURED:
                 elapsed = time.monotonic() - start
                 fitting = int(self.seconds * self.step / elapsed)
-                self.enough = self.most is not None and fitting > self.most
-                self.total = max(self.step, self.most if self.enough and self.most else fitting)
+                self.enough = fitting > self.most
+                self.total = max(self.step, min(fitting, self.most))

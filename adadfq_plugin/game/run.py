@@ -122,34 +122,36 @@ class Run:
         pace = self.plan.pace("game")
         learner = QuantizedPlayer(self.task.prepared, self.task.teacher, self.task.settings, pace)
         watching = player.watching() if player is not None else nullcontext()
-        best, taken_back = None, False
-        if len(self.held_out):
-            held_out = self._shown(self.held_out)
-            best = BestState(self.task.prepared, self.task.teacher, held_out, learner.parameters)
-        with self._timed("game"), learner.learning(), watching as prior:
-            if best is not None:
-                best.look(0)
+        # P answers for the images kept out before it is watched
+        with self._timed("game"), learner.learning(), self._judged(learner, pace) as judge, watching as prior:
             for step in pace:
                 if player is not None and prior is not None and self._is_round(step):
                     figures = self._round(player, prior, learner)
                 else:
                     figures = self._lesson(learner, player)
-                if best is not None and best.due(step, pace.total):
-                    figures["held_out"] = best.look(step)
-                self._report("game", step, pace.total, figures)
-            if best is not None:
-                if best.looked < pace.step:  # a time limit is known to have ended only then
-                    best.look(pace.step)
-                taken_back = best.restore()
-        if best is not None and taken_back:
-            self.notes.append(
-                f"Q is left as it was after {best.step} of {pace.step} steps: on images kept from training the last "
-                "state was farther from P"
-            )
+                self._report("game", step, pace.total, {**figures, **judge()})
         self._tell(pace, "the training of Q")
         if learner.skipped:
             self.notes.append(
                 f"{learner.skipped} of {pace.step} updates of Q were left out: their gradients were not finite"
+            )
+
+    @contextmanager
+    def _judged(self, learner: QuantizedPlayer, pace: Pace) -> Iterator[Callable[[], Mapping[str, float]]]:
+        """What to ask after each step for figures of Q's state; at the end, training that did harm is taken back."""
+        if not len(self.held_out):
+            yield dict
+            return
+        held_out = self._shown(self.held_out)
+        best = BestState(self.task.prepared, self.task.teacher, held_out, learner.parameters)
+        best.look(0)
+        yield lambda: {"held_out": best.look(pace.step)} if best.due(pace.step, pace.total) else {}
+        if best.looked < pace.step:  # a time limit is known to have ended only then
+            best.look(pace.step)
+        if best.restore():
+            self.notes.append(
+                f"Q is left as it was after {best.step} of {pace.step} steps: on images kept from training the last "
+                "state was farther from P"
             )
 
     def _tell(self, pace: Pace, what: str) -> None:

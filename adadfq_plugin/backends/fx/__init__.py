@@ -15,8 +15,9 @@ from torch.ao.quantization.quantize_fx import prepare_qat_fx
 from torch.fx import GraphModule
 
 from adadfq_plugin.backends.fx.fake_quantize import LearnedFakeQuantize
+from adadfq_plugin.backends.fx.graphs import prepared_attributes
 from adadfq_plugin.backends.fx.kernels import best_engine, has_vnni, using_engine
-from adadfq_plugin.backends.fx.prepared import ENGINE, IN_FLOAT, FXPrepared, prepared_attributes
+from adadfq_plugin.backends.fx.prepared import ENGINE, IN_FLOAT, FXPrepared
 from adadfq_plugin.backends.fx.qconfig import qconfig_mapping
 from adadfq_plugin.backends.fx.streams import REASON, normed_streams
 from adadfq_plugin.backends.fx.traceable import traceable

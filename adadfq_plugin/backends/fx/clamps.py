@@ -10,6 +10,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from adadfq_plugin.backends.fx.fake_quantize import LearnedFakeQuantize
+from adadfq_plugin.backends.fx.graphs import module_of
 
 __all__ = ["absorb_clamps"]
 
@@ -46,17 +47,14 @@ def absorb_clamps(model: GraphModule) -> None:
 
 
 def _quantizer(model: GraphModule, node: Node) -> LearnedFakeQuantize | None:
-    if node.op != "call_module":
-        return None
-    module = model.get_submodule(str(node.target))
+    module = module_of(model, node)
     return module if isinstance(module, LearnedFakeQuantize) else None
 
 
 def _bounds(model: GraphModule, node: Node) -> tuple[float, float] | None:
     """The limits of a clamp with constant ones; None for everything else."""
     called: Any = node.target
-    if node.op == "call_module":
-        module = model.get_submodule(str(called))
+    if (module := module_of(model, node)) is not None:
         if isinstance(module, nn.Hardtanh):  # ReLU6 is one
             return module.min_val, module.max_val
         return (0.0, math.inf) if type(module) is nn.ReLU else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -12,12 +11,12 @@ import torch.ao.nn.intrinsic as nni
 import torch.ao.nn.intrinsic.qat as nniqat
 import torch.ao.nn.qat as nnqat
 from torch import Tensor, nn
-from torch.ao.quantization.fake_quantize import FakeQuantizeBase
-from torch.ao.quantization.observer import ObserverBase
 from torch.fx import GraphModule, Node
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
-__all__ = ["float_copy", "fold_batch_norm", "is_quantizer", "replace_module", "separate_calls", "sites"]
+from adadfq_plugin.backends.fx.graphs import is_quantizer, module_of, quantizer_nodes, replace_module, sites
+
+__all__ = ["float_copy", "fold_batch_norm", "separate_calls"]
 
 # fused and folded class of each QAT class that still holds a BatchNorm
 FOLDED: dict[type[nn.Module], tuple[type[nn.Module], type[nn.Module]]] = {
@@ -45,30 +44,6 @@ WITH_RELU = (
 )
 
 
-def is_quantizer(module: nn.Module) -> bool:
-    """Whether torch.ao takes the module for an observer or a fake quantizer."""
-    return isinstance(module, ObserverBase | FakeQuantizeBase)
-
-
-def sites(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every place of a module in the tree, a shared module at each of its places."""
-    yield from model.named_modules(remove_duplicate=False)
-
-
-def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
-    """Puts ``new`` in the place ``path``."""
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, new)
-
-
-def _is_quantized(model: GraphModule, node: Node) -> bool:
-    """Whether a quantizer stands behind a call."""
-    return any(
-        user.op == "call_module" and is_quantizer(model.get_submodule(str(user.target)))
-        for user in node.users
-    )
-
-
 def separate_calls(model: GraphModule) -> dict[str, str]:
     """Gives each further quantized call of a module a copy of its own, in place.
 
@@ -80,12 +55,12 @@ def separate_calls(model: GraphModule) -> dict[str, str]:
     Returns:
         the name of the module that each copy was made of.
     """
-    names = {path for path, _ in sites(model)}
+    names, quantizers = {path for path, _ in sites(model)}, set(quantizer_nodes(model))
     called: set[int] = set()
     origins: dict[str, str] = {}
     for node in model.graph.nodes:
-        module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if module is None or is_quantizer(module) or not _is_quantized(model, node):
+        module = module_of(model, node)
+        if module is None or is_quantizer(module) or quantizers.isdisjoint(node.users):
             continue
         if id(module) in called:
             path = str(node.target)
@@ -159,10 +134,9 @@ def fold_batch_norm(model: nn.Module) -> None:
 def float_copy(prepared: GraphModule) -> GraphModule:
     """The network before it was prepared: same weights, BatchNorm apart, nothing observed or quantized."""
     model = copy.deepcopy(prepared)
-    for node in list(model.graph.nodes):
-        if node.op == "call_module" and is_quantizer(model.get_submodule(node.target)):
-            node.replace_all_uses_with(node.args[0])
-            model.graph.erase_node(node)
+    for node in quantizer_nodes(model):
+        node.replace_all_uses_with(cast(Node, node.args[0]))
+        model.graph.erase_node(node)
     for path, module in list(sites(model)):
         if not hasattr(module, "weight_fake_quant"):
             continue

@@ -5,16 +5,13 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import torch
 from torch import nn
 from torch.ao.quantization.backend_config import ObservationType, get_native_backend_config
 from torch.fx import GraphModule, Node
 
-from adadfq_plugin.backends.fx.folding import is_quantizer
+from adadfq_plugin.backends.fx.graphs import INTEGER, called, is_quantizer, module_of
 
-__all__ = ["INTEGER", "requantize"]
-
-INTEGER = (torch.quint8, torch.qint8)
+__all__ = ["requantize"]
 
 
 @functools.cache
@@ -38,8 +35,7 @@ def requantize(model: GraphModule) -> None:
         model: a prepared model.
     """
     for node in list(model.graph.nodes):
-        called = type(model.get_submodule(str(node.target))) if node.op == "call_module" else node.target
-        if called not in _keeping_levels():
+        if called(model, node) not in _keeping_levels():
             continue
         for quantized in [each for each in node.users if _quantizer(model, each) is not None]:
             for source in node.all_input_nodes:
@@ -57,7 +53,7 @@ def requantize(model: GraphModule) -> None:
 
 def _quantizer(model: GraphModule, node: Node) -> nn.Module | None:
     """The observer or fake quantizer that a node calls, if it is one of integers with a scale of their own."""
-    module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
+    module = module_of(model, node)
     if module is None or not is_quantizer(module) or getattr(module, "is_dynamic", False):
         return None
     return module if getattr(module, "dtype", None) in INTEGER else None

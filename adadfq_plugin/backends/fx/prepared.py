@@ -3,75 +3,51 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.ao.quantization import QConfig
 from torch.ao.quantization.fake_quantize import FakeQuantizeBase, FixedQParamsFakeQuantize
-from torch.ao.quantization.observer import ObserverBase, PlaceholderObserver
 from torch.ao.quantization.quantize_fx import convert_fx
 from torch.fx import GraphModule, Node
 
 from adadfq_plugin.backends.fx.clamps import absorb_clamps
 from adadfq_plugin.backends.fx.fake_quantize import LearnedFakeQuantize
-from adadfq_plugin.backends.fx.folding import (
-    float_copy,
-    fold_batch_norm,
-    is_quantizer,
+from adadfq_plugin.backends.fx.finishing import (
+    POOLINGS,
+    average_channels_last,
+    clip_weights,
+    saturate_activations,
+)
+from adadfq_plugin.backends.fx.folding import float_copy, fold_batch_norm, separate_calls
+from adadfq_plugin.backends.fx.graphs import (
+    ATTRIBUTES,
+    INTEGER,
+    called,
+    module_of,
+    prepared_attributes,
+    quantizer_nodes,
     replace_module,
-    separate_calls,
     sites,
 )
 from adadfq_plugin.backends.fx.kernels import GROUPS, adds_in_16_bits, has_vnni, largest_weight, using_engine
-from adadfq_plugin.backends.fx.levels import INTEGER, requantize
+from adadfq_plugin.backends.fx.levels import requantize
 from adadfq_plugin.contracts import Phase
 from adadfq_plugin.errors import ModelError
 from adadfq_plugin.fake_quantize import switched
 from adadfq_plugin.hooks import capture_outputs, module_modes
 
-__all__ = ["ENGINE", "IN_FLOAT", "FXPrepared", "prepared_attributes"]
+__all__ = ["ENGINE", "IN_FLOAT", "FXPrepared"]
 
-ATTRIBUTES = "_observed_graph_module_attrs"
 ENGINE = "adadfq_engine"
 """Key of ``meta`` for the engine that a model was prepared for; without it, torch's current one."""
 CALIBRATED = "adadfq_calibrated"
 """Key of ``meta`` for models that :meth:`FXPrepared.commit` has written."""
 IN_FLOAT = "adadfq_in_float"
 """Key of ``meta`` for sentences about what was left in float."""
-WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.ConvTranspose1d, nn.ConvTranspose2d)
-
-
-POOLINGS = (
-    nn.AdaptiveAvgPool1d,
-    nn.AdaptiveAvgPool2d,
-    nn.AdaptiveAvgPool3d,
-    nn.AvgPool1d,
-    nn.AvgPool2d,
-    nn.AvgPool3d,
-    nn.functional.adaptive_avg_pool2d,
-    nn.functional.avg_pool2d,
-)
 AVERAGES = (*POOLINGS, torch.mean, "mean")
-
-
-def prepared_attributes(model: nn.Module) -> Any:
-    """torch.ao's notes on a prepared FX model, or None if it isn't one; torchao leaves its own in the same place."""
-    if not isinstance(model, GraphModule) or any(map(_is_exported, model.graph.nodes)):
-        return None
-    return model.meta.get(ATTRIBUTES)
-
-
-def _is_exported(node: Node) -> bool:
-    """Whether a call comes from torch.export, which writes ATen's operators."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "aten"
-
-
-def _constant(quantizer: LearnedFakeQuantize) -> LearnedFakeQuantize:
-    return copy.deepcopy(quantizer)
 
 
 class FXPrepared:
@@ -127,20 +103,13 @@ class FXPrepared:
     def _quantizers(self) -> list[LearnedFakeQuantize]:
         return [module for module in self.module.modules() if isinstance(module, LearnedFakeQuantize)]
 
-    def _activation_nodes(self) -> list[Node]:
-        return [
-            node
-            for node in self.module.graph.nodes
-            if node.op == "call_module" and is_quantizer(self.module.get_submodule(str(node.target)))
-        ]
-
     def _quantizer_of(self, node: Node) -> LearnedFakeQuantize | None:
-        module = self.module.get_submodule(str(node.target))
+        module = module_of(self.module, node)
         return module if isinstance(module, LearnedFakeQuantize) else None
 
     def _widen_boundary(self) -> None:
         """The network's input and logits take their own number of levels where the qconfig says so."""
-        for node in self._activation_nodes():
+        for node in quantizer_nodes(self.module):
             quantizer = self._quantizer_of(node)
             if quantizer is None or quantizer.boundary_max is None:
                 continue
@@ -157,7 +126,7 @@ class FXPrepared:
         vnni, narrowed = has_vnni(), 0
         # a saved model is packed for the reader's engine, which is x86 unless told otherwise
         engines = {self.engine, "x86"} if self.engine in GROUPS else {self.engine}
-        for node in self._activation_nodes():
+        for node in quantizer_nodes(self.module):
             quantizer = self._quantizer_of(node)
             if quantizer is None or quantizer.dtype != torch.quint8:
                 continue
@@ -179,24 +148,18 @@ class FXPrepared:
             )
 
     def _mark_averages(self) -> None:
-        for node in self._activation_nodes():
+        for node in quantizer_nodes(self.module):
             quantizer, source = self._quantizer_of(node), node.args[0]
             if quantizer is None or not isinstance(source, Node):
                 continue
-            quantizer.averages |= self._called(source) in AVERAGES
-
-    def _called(self, node: Node) -> object:
-        """The function, the method's name, or the module's class."""
-        return type(self.module.get_submodule(str(node.target))) if node.op == "call_module" else node.target
+            quantizer.averages |= called(self.module, source) in AVERAGES
 
     def _weight_quantizer(self, node: Node) -> LearnedFakeQuantize | None:
-        if node.op != "call_module":
-            return None
-        found = getattr(self.module.get_submodule(str(node.target)), "weight_fake_quant", None)
+        found = getattr(module_of(self.module, node), "weight_fake_quant", None)
         return found if isinstance(found, LearnedFakeQuantize) else None
 
     def _refuse_nothing_quantized(self) -> None:
-        if not self._activation_nodes():
+        if not quantizer_nodes(self.module):
             raise ModelError(
                 "the prepared model quantizes nothing: its QConfigMapping matches none of its modules; "
                 "prepare it with a QConfig for Conv2d and Linear"
@@ -233,7 +196,7 @@ class FXPrepared:
         """The outputs of the activation quantizers, but for the one of the network's input."""
         names = [
             str(node.target)
-            for node in self._activation_nodes()
+            for node in quantizer_nodes(self.module)
             if not (isinstance(node.args[0], Node) and node.args[0].op == "placeholder")
         ]
         with capture_outputs({name: self.module.get_submodule(name) for name in names}) as seen:
@@ -279,104 +242,11 @@ class FXPrepared:
 
     # -- the way out -------------------------------------------------------------------------------
 
-    def _clip_weights(self) -> None:
-        """Weights beyond the last level: torch.ao's integer type would give them levels of their own."""
-        for module in self.module.modules():
-            quantizer = getattr(module, "weight_fake_quant", None)
-            weight = getattr(module, "weight", None)
-            if not self.trainable and isinstance(module, WEIGHTED) and getattr(module, "qconfig", None):
-                quantizer = self._observed_weight(module)
-            if isinstance(quantizer, LearnedFakeQuantize) and isinstance(weight, nn.Parameter):
-                low, high = quantizer.bounds()
-                if quantizer.per_channel:
-                    shape = [1] * weight.ndim
-                    shape[quantizer.ch_axis] = -1
-                    low, high = low.view(shape), high.view(shape)
-                weight.data.clamp_(low, high)
-
-    def _observed_weight(self, module: nn.Module) -> LearnedFakeQuantize | None:
-        """Fixes the range that torch.ao's own observer of the weight chooses (``prepare_fx``)."""
-        qconfig = module.qconfig
-        observer = qconfig.weight()  # type: ignore[union-attr,operator]
-        if getattr(observer, "dtype", None) not in INTEGER:
-            return None
-        observer(module.weight)
-        quantizer = LearnedFakeQuantize.like(observer)
-        scale, zero_point = observer.calculate_qparams()
-        quantizer.fix(scale, zero_point)
-        fixed = QConfig(activation=qconfig.activation, weight=functools.partial(_constant, quantizer))  # type: ignore[union-attr]
-        module.qconfig = fixed  # type: ignore[assignment]
-        return quantizer
-
-    def _limits(self, node: Node) -> tuple[float, float] | None:
-        """Bounds of an activation whose levels are fewer than its integer type holds; None if all are used."""
-        module = self.module.get_submodule(str(node.target))
-        if isinstance(module, LearnedFakeQuantize):
-            quantizer = module
-        elif isinstance(module, ObserverBase) and not isinstance(module, PlaceholderObserver):
-            if module.dtype not in INTEGER or getattr(module, "is_dynamic", False):
-                return None
-            quantizer = LearnedFakeQuantize.like(module)
-            quantizer.fix(*module.calculate_qparams())
-        else:
-            return None
-        if quantizer.per_channel or not quantizer.saturates_early():
-            return None
-        low, high = quantizer.bounds()
-        return float(low), float(high)
-
-    def _saturate_activations(self) -> None:
-        """A clamp behind each quantizer of few levels: ``convert_fx`` keeps clamps, but not quant_max."""
-        for node in self._activation_nodes():
-            limits, source = self._limits(node), node.args[0]
-            if limits is None or not isinstance(source, Node):
-                continue
-            if any(user.target is torch.clamp for user in node.users) or self._keeps_levels(source, node):
-                continue
-            users = list(node.users)
-            with self.module.graph.inserting_after(node):
-                clamp = self.module.graph.call_function(torch.clamp, (node, *limits))
-            self._put_between(node, clamp, users)
-
-    def _average_channels_last(self) -> None:
-        """Channels last in front of integer poolings: in the other layout they round ties as the zero point is odd."""
-        inputs = {node: self._quantizer_of(node) for node in self._activation_nodes()}
-        for pool in [node.all_input_nodes[0] for node in inputs]:
-            if self._called(pool) not in POOLINGS:
-                continue
-            node = pool.all_input_nodes[0]
-            quantizer = inputs.get(node)
-            if quantizer is None or quantizer.ndim != 4 or "memory_format" in node.all_input_nodes[0].kwargs:
-                continue
-            with self.module.graph.inserting_after(node):
-                ordered = self.module.graph.call_method(
-                    "contiguous", (node,), {"memory_format": torch.channels_last}
-                )
-            self._put_between(node, ordered, [pool])
-
-    def _put_between(self, node: Node, call: Node, users: Sequence[Node]) -> None:
-        """Hands ``users`` what ``call`` makes of an activation, at the levels of its quantizer, instead of itself."""
-        with self.module.graph.inserting_after(call):
-            again = self.module.graph.call_module(str(node.target), (call,))
-        for user in users:
-            user.replace_input_with(node, again)
-        scopes, (source,) = prepared_attributes(self.module).node_name_to_scope, node.all_input_nodes
-        scopes[call.name] = scopes.get(source.name, ("", None))
-
-    def _keeps_levels(self, source: Node, node: Node) -> bool:
-        """Whether the value has already been saturated: an operation on one tensor with shared levels."""
-        inputs = source.all_input_nodes
-        shared = self.module.get_submodule(str(node.target))
-        return len(inputs) == 1 and all(
-            each.op == "call_module" and self.module.get_submodule(str(each.target)) is shared
-            for each in inputs
-        )
-
     def finish(self) -> None:
         """Makes the private copy ready for ``convert_fx``; its outputs stay what they were."""
-        self._clip_weights()
-        self._saturate_activations()
-        self._average_channels_last()
+        clip_weights(self.module, self.trainable)
+        saturate_activations(self.module)
+        average_channels_last(self.module)
         self.module.recompile()
         for module in self.module.modules():
             if isinstance(module, FakeQuantizeBase):

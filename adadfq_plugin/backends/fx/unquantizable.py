@@ -70,6 +70,11 @@ class CallSite:
     index: int | None
     reason: str
 
+    @property
+    def place(self) -> tuple[str, str, int | None]:
+        """What it is apart from the reason."""
+        return self.op, self.target, self.index
+
 
 def leave_in_float(
     traced: fx.GraphModule, mapping: QConfigMapping, known: Sequence[CallSite] = ()
@@ -122,8 +127,8 @@ def unquantizable(
     Raises:
         UntraceableError: The conversion fails in a way that leaving out parts does not cure.
     """
-    already = {(site.op, site.target, site.index) for site in known}
-    wrong = [site for site in _calls_in_float(traced) if (site.op, site.target, site.index) not in already]
+    already = {site.place for site in known}
+    wrong = [site for site in _calls_in_float(traced) if site.place not in already]
     sites = [*known, *wrong]
     images = torch.randn(2, *traced.meta[INPUT_SIZE], generator=torch.Generator().manual_seed(0))
     like = next((p for p in traced.parameters() if p.is_floating_point()), images)
@@ -131,8 +136,8 @@ def unquantizable(
         found = _trial(*_without(sites, traced, mapping), images.to(like))
         if not found:
             return sites
-        before = {(site.op, site.target, site.index) for site in sites}
-        again = [site for site in found if (site.op, site.target, site.index) in before]
+        before = {site.place for site in sites}
+        again = [site for site in found if site.place in before]
         if again:
             raise UntraceableError(
                 f"{again[0].target} cannot be converted, nor left in floating point: {again[0].reason}"
@@ -187,7 +192,7 @@ def _without(
     for site in sites:
         if site.op == "call_module":
             mapping.set_module_name(site.target, None)
-    hidden = {(site.op, site.target, site.index) for site in sites}
+    hidden = {site.place for site in sites}
     for node, target, index in numbered(graph):
         if node.op != "call_module" and {(node.op, target, None), (node.op, target, index)} & hidden:
             node.op, node.target, node.args = "call_function", in_float, (target, *node.args)
@@ -299,8 +304,9 @@ class _Trial(fx.Interpreter):
     def _add(self, node: fx.Node, index: int | None, reason: str) -> None:
         name = _name(node)
         target = self._origins.get(name, name) if node.op == "call_module" else name
-        if not any((site.op, site.target, site.index) == (node.op, target, index) for site in self.sites):
-            self.sites.append(CallSite(node.op, target, index, reason))
+        found = CallSite(node.op, target, index, reason)
+        if found.place not in {site.place for site in self.sites}:
+            self.sites.append(found)
 
 
 def _shares_parameters(tensors: Any) -> bool:

@@ -1,0 +1,131 @@
+"""A calibrated FX model made ready for ``convert_fx``: its outputs stay what they were."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.ao.quantization import QConfig
+from torch.ao.quantization.observer import ObserverBase, PlaceholderObserver
+from torch.fx import GraphModule, Node
+
+from adadfq_plugin.backends.fx.fake_quantize import LearnedFakeQuantize
+from adadfq_plugin.backends.fx.graphs import INTEGER, called, module_of, prepared_attributes, quantizer_nodes
+
+__all__ = ["POOLINGS", "average_channels_last", "clip_weights", "saturate_activations"]
+
+WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.ConvTranspose1d, nn.ConvTranspose2d)
+POOLINGS = (
+    nn.AdaptiveAvgPool1d,
+    nn.AdaptiveAvgPool2d,
+    nn.AdaptiveAvgPool3d,
+    nn.AvgPool1d,
+    nn.AvgPool2d,
+    nn.AvgPool3d,
+    nn.functional.adaptive_avg_pool2d,
+    nn.functional.avg_pool2d,
+)
+
+
+def _constant(quantizer: LearnedFakeQuantize) -> LearnedFakeQuantize:
+    return copy.deepcopy(quantizer)
+
+
+def clip_weights(model: GraphModule, trainable: bool) -> None:
+    """Weights beyond the last level: torch.ao's integer type would give them levels of their own."""
+    for module in model.modules():
+        quantizer = getattr(module, "weight_fake_quant", None)
+        weight = getattr(module, "weight", None)
+        if not trainable and isinstance(module, WEIGHTED) and getattr(module, "qconfig", None):
+            quantizer = _observed_weight(module)
+        if isinstance(quantizer, LearnedFakeQuantize) and isinstance(weight, nn.Parameter):
+            low, high = quantizer.bounds()
+            if quantizer.per_channel:
+                shape = [1] * weight.ndim
+                shape[quantizer.ch_axis] = -1
+                low, high = low.view(shape), high.view(shape)
+            weight.data.clamp_(low, high)
+
+
+def _observed_weight(module: nn.Module) -> LearnedFakeQuantize | None:
+    """Fixes the range that torch.ao's own observer of the weight chooses (``prepare_fx``)."""
+    qconfig = module.qconfig
+    observer = qconfig.weight()  # type: ignore[union-attr,operator]
+    if getattr(observer, "dtype", None) not in INTEGER:
+        return None
+    observer(module.weight)
+    quantizer = LearnedFakeQuantize.like(observer)
+    scale, zero_point = observer.calculate_qparams()
+    quantizer.fix(scale, zero_point)
+    fixed = QConfig(activation=qconfig.activation, weight=functools.partial(_constant, quantizer))  # type: ignore[union-attr]
+    module.qconfig = fixed  # type: ignore[assignment]
+    return quantizer
+
+
+def _limits(module: nn.Module) -> tuple[float, float] | None:
+    """Bounds of an activation whose levels are fewer than its integer type holds; None if all are used."""
+    if isinstance(module, LearnedFakeQuantize):
+        quantizer = module
+    elif isinstance(module, ObserverBase) and not isinstance(module, PlaceholderObserver):
+        if module.dtype not in INTEGER or getattr(module, "is_dynamic", False):
+            return None
+        quantizer = LearnedFakeQuantize.like(module)
+        quantizer.fix(*module.calculate_qparams())
+    else:
+        return None
+    if quantizer.per_channel or not quantizer.saturates_early():
+        return None
+    low, high = quantizer.bounds()
+    return float(low), float(high)
+
+
+def saturate_activations(model: GraphModule) -> None:
+    """A clamp behind each quantizer of few levels: ``convert_fx`` keeps clamps, but not quant_max."""
+    for node in quantizer_nodes(model):
+        limits, source = _limits(model.get_submodule(str(node.target))), node.args[0]
+        if limits is None or not isinstance(source, Node):
+            continue
+        if any(user.target is torch.clamp for user in node.users) or _keeps_levels(model, source, node):
+            continue
+        users = list(node.users)
+        with model.graph.inserting_after(node):
+            clamp = model.graph.call_function(torch.clamp, (node, *limits))
+        _put_between(model, node, clamp, users)
+
+
+def average_channels_last(model: GraphModule) -> None:
+    """Channels last in front of integer poolings: in the other layout they round ties as the zero point is odd."""
+    inputs = {node: module_of(model, node) for node in quantizer_nodes(model)}
+    for pool in [node.all_input_nodes[0] for node in inputs]:
+        if called(model, pool) not in POOLINGS:
+            continue
+        node = pool.all_input_nodes[0]
+        quantizer = inputs.get(node)
+        if (
+            not isinstance(quantizer, LearnedFakeQuantize)
+            or quantizer.ndim != 4
+            or "memory_format" in node.all_input_nodes[0].kwargs
+        ):
+            continue
+        with model.graph.inserting_after(node):
+            ordered = model.graph.call_method("contiguous", (node,), {"memory_format": torch.channels_last})
+        _put_between(model, node, ordered, [pool])
+
+
+def _put_between(model: GraphModule, node: Node, call: Node, users: Sequence[Node]) -> None:
+    """Hands ``users`` what ``call`` makes of an activation, at the levels of its quantizer, instead of itself."""
+    with model.graph.inserting_after(call):
+        again = model.graph.call_module(str(node.target), (call,))
+    for user in users:
+        user.replace_input_with(node, again)
+    scopes, (source,) = prepared_attributes(model).node_name_to_scope, node.all_input_nodes
+    scopes[call.name] = scopes.get(source.name, ("", None))
+
+
+def _keeps_levels(model: GraphModule, source: Node, node: Node) -> bool:
+    """Whether the value has already been saturated: an operation on one tensor with shared levels."""
+    inputs = source.all_input_nodes
+    return len(inputs) == 1 and module_of(model, inputs[0]) is module_of(model, node)

@@ -1,0 +1,72 @@
+"""Prepared FX graphs: torch.ao's notes on them, their modules, and what their nodes call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.ao.quantization.fake_quantize import FakeQuantizeBase
+from torch.ao.quantization.observer import ObserverBase
+from torch.fx import GraphModule, Node
+
+__all__ = [
+    "ATTRIBUTES",
+    "INTEGER",
+    "called",
+    "is_quantizer",
+    "module_of",
+    "prepared_attributes",
+    "quantizer_nodes",
+    "replace_module",
+    "sites",
+]
+
+ATTRIBUTES = "_observed_graph_module_attrs"
+INTEGER = (torch.quint8, torch.qint8)
+
+
+def prepared_attributes(model: nn.Module) -> Any:
+    """torch.ao's notes on a prepared FX model, or None if it isn't one; torchao leaves its own in the same place."""
+    if not isinstance(model, GraphModule) or any(map(_is_exported, model.graph.nodes)):
+        return None
+    return model.meta.get(ATTRIBUTES)
+
+
+def _is_exported(node: Node) -> bool:
+    """Whether a call comes from torch.export, which writes ATen's operators."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "aten"
+
+
+def is_quantizer(module: nn.Module) -> bool:
+    """Whether torch.ao takes the module for an observer or a fake quantizer."""
+    return isinstance(module, ObserverBase | FakeQuantizeBase)
+
+
+def sites(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every place of a module in the tree, a shared module at each of its places."""
+    yield from model.named_modules(remove_duplicate=False)
+
+
+def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
+    """Puts ``new`` in the place ``path``."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, new)
+
+
+def module_of(model: GraphModule, node: Node) -> nn.Module | None:
+    """The module that a node calls; None where it calls none."""
+    return model.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def called(model: GraphModule, node: Node) -> object:
+    """The function, the method's name, or the module's class."""
+    module = module_of(model, node)
+    return node.target if module is None else type(module)
+
+
+def quantizer_nodes(model: GraphModule) -> list[Node]:
+    """The calls of observers and fake quantizers of activations."""
+    modules = ((node, module_of(model, node)) for node in model.graph.nodes)
+    return [node for node, module in modules if module is not None and is_quantizer(module)]
