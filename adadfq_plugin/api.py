@@ -25,7 +25,7 @@ from adadfq_plugin.choice import (
 from adadfq_plugin.config import Scheme, Settings
 from adadfq_plugin.contracts import Outcome, Phase, Prepared, Progress, Task
 from adadfq_plugin.dataset import SyntheticDataset
-from adadfq_plugin.errors import SettingsError
+from adadfq_plugin.errors import SettingsError, first_line
 from adadfq_plugin.history import History
 from adadfq_plugin.hooks import fork_rng, module_modes
 from adadfq_plugin.teacher import Facts, Teacher, device_of, find_facts, make_teacher, refuse_nan
@@ -231,7 +231,7 @@ def _device(device: torch.device | str) -> torch.device:
         where = torch.device(device)
         torch.zeros(1, device=where)
     except (RuntimeError, AssertionError) as error:
-        raise SettingsError(f"device {str(device)!r} can't be used: {str(error).splitlines()[0]}") from error
+        raise SettingsError(f"device {str(device)!r} can't be used: {first_line(error)}") from error
     return where
 
 

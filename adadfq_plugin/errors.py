@@ -9,6 +9,7 @@ __all__ = [
     "SettingsError",
     "UnknownNameError",
     "UntraceableError",
+    "first_line",
 ]
 
 
@@ -54,3 +55,13 @@ class BrokenPluginError(AdaDFQError):
     """A third-party entry point that fails to load; its distribution is named."""
 
     exit_code = 6
+
+
+def first_line(error: BaseException) -> str:
+    r"""What an error says first, for a message of one line; its type where it says nothing.
+
+    Example:
+        >>> first_line(ValueError("no such file\nfor reasons")), first_line(KeyError())
+        ('no such file', 'KeyError')
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adadfq_plugin.errors import ModelError
+from adadfq_plugin.errors import ModelError, first_line
 
 __all__ = [
     "IMAGENET_MEAN",
@@ -299,7 +299,7 @@ def find_facts(
     except Exception as error:
         raise ModelError(
             f"the model does not take images of size {size} (from: {sources['input_size']}): "
-            f"{str(error).splitlines()[0]}; pass input_size="
+            f"{first_line(error)}; pass input_size="
         ) from error
     if len(shape) != 2:
         raise ModelError(

@@ -6,24 +6,21 @@ The only module of the package that imports timm, and it does so when it is aske
 from __future__ import annotations
 
 import pickle
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 from adadfq_plugin.config import nearest
-from adadfq_plugin.errors import DataError, ModelError, SettingsError, UnknownNameError
+from adadfq_plugin.errors import DataError, ModelError, SettingsError, UnknownNameError, first_line
 from adadfq_plugin.hooks import fork_rng
+from adadfq_plugin.labelled import LabelledImages, ValidationLoader
 from adadfq_plugin.teacher import Facts
 
 __all__ = [
-    "ValidationLoader",
     "architectures",
     "count_parameters",
     "crop_mode",
@@ -82,13 +79,13 @@ def load_model(
             model: nn.Module = timm.create_model(name, pretrained=download, **arguments)
     except (TypeError, AssertionError, ValueError) as error:
         if local and isinstance(error, ValueError):
-            raise DataError(f"model {name!r} can't be read: {_line(error)}") from error
-        raise SettingsError(f"model {name!r} can't be made with {arguments}: {_line(error)}") from error
+            raise DataError(f"model {name!r} can't be read: {first_line(error)}") from error
+        raise SettingsError(f"model {name!r} can't be made with {arguments}: {first_line(error)}") from error
     except Exception as error:  # a download fails in as many ways as there are HTTP libraries
         if local:
-            raise DataError(f"model {name!r} can't be read: {_line(error)}") from error
+            raise DataError(f"model {name!r} can't be read: {first_line(error)}") from error
         raise DataError(
-            f"model {name!r}: its weights can't be downloaded ({_line(error)}); "
+            f"model {name!r}: its weights can't be downloaded ({first_line(error)}); "
             "download them elsewhere and give the file as checkpoint (--checkpoint FILE)"
         ) from error
     own_classes = dict(getattr(model, "pretrained_cfg", None) or {}).get("num_classes")
@@ -129,7 +126,7 @@ def _load_checkpoint(model: nn.Module, path: Path, name: str, remap: bool) -> No
     except FileNotFoundError as error:
         raise DataError(f"checkpoint {path}: no such file") from error
     except Exception as error:  # unpickling garbage raises nearly anything
-        raise DataError(f"checkpoint {path} can't be read: {_line(error)}") from error
+        raise DataError(f"checkpoint {path} can't be read: {first_line(error)}") from error
     own = model.state_dict()
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise DataError(f"checkpoint {path} holds no tensors by name")
@@ -290,53 +287,6 @@ def smallest_model(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
     return model, (channels, height, width)
 
 
-class ValidationLoader:
-    """Batches of (images, labels) in the order of the files; made by :func:`validation_loader`.
-
-    A broken image ends the iteration with a :class:`DataError` that names its file.
-    """
-
-    def __init__(
-        self, images: Dataset[tuple[Tensor, int]], count: int, batch_size: int, workers: int
-    ) -> None:
-        self.count = count
-        """How many images there are."""
-        generator = torch.Generator().manual_seed(0)  # without one DataLoader draws from the global RNG
-        self._loader = DataLoader(images, batch_size=batch_size, num_workers=workers, generator=generator)
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        try:
-            yield from self._loader
-            return
-        except DataError as error:  # from a worker it comes with that worker's traceback as its message
-            last = str(error).strip().splitlines()[-1]
-            error.__traceback__ = None  # it holds the loader, whose workers would live on
-        raise DataError(last.removeprefix(f"{DataError.__module__}.{DataError.__qualname__}: "))
-
-
-class _Images(Dataset[tuple[Tensor, int]]):
-    """timm's own reader and transform; timm's own dataset would pass over images that it can't read."""
-
-    def __init__(self, reader: Any, mode: str, transform: Any) -> None:
-        self.reader, self.mode, self.transform = reader, mode, transform
-
-    def __len__(self) -> int:
-        return len(self.reader)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        stream, label = self.reader[index]
-        try:
-            with stream, warnings.catch_warnings(), Image.open(stream) as image:
-                warnings.simplefilter("ignore")  # odd metadata is no reason to distrust the pixels
-                pixels = image.convert(self.mode)
-        except (OSError, SyntaxError, ValueError) as error:
-            raise DataError(f"{self.reader.filename(index, absolute=True)}: {_line(error)}") from error
-        return self.transform(pixels), label
-
-
 def validation_loader(
     folder: str | Path,
     facts: Facts,
@@ -379,7 +329,7 @@ def validation_loader(
             indices = data.readers.class_map.load_class_map(str(class_map), str(folder))
         reader = data.create_dataset("", root=str(folder), class_map=indices).reader
     except (RuntimeError, AssertionError, OSError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise DataError(f"{folder}: {_line(error)}") from error
+        raise DataError(f"{folder}: {first_line(error)}") from error
     worst = max(reader.samples, key=lambda sample: int(sample[1]))
     if worst[1] >= facts.num_classes:
         raise DataError(f"{worst[0]}: is of class {worst[1]}, the network has {facts.num_classes} classes")
@@ -391,7 +341,7 @@ def validation_loader(
         crop_pct=facts.crop_pct,
         crop_mode=crop_mode,
     )
-    images = _Images(reader, mode, transform)
+    images = LabelledImages(reader, mode, transform)
     return ValidationLoader(images, len(images), batch_size, workers)
 
 
@@ -419,7 +369,3 @@ def _timm_data() -> Any:
     import timm.data
 
     return timm.data  # half of its functions have no types
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from adadfq_plugin.backends.fx import qconfig_mapping
 from adadfq_plugin.config import Scheme
+from adadfq_plugin.contracts import Phase, Prepared
 from adadfq_plugin.teacher import Teacher, find_facts, make_teacher
 
 SIZE = (3, 16, 16)
@@ -158,3 +159,10 @@ def teacher(model: nn.Module | None = None) -> Teacher:
     """P as a frozen copy with its facts."""
     model = trained() if model is None else model
     return make_teacher(model, find_facts(model, input_size=SIZE, mean=(0.5,) * 3, std=(0.25,) * 3))
+
+
+def observed(opened: Prepared, batch: Tensor, how: str = "mse") -> None:
+    """Sets the ranges on a batch."""
+    with torch.no_grad(), opened.phase(Phase.OBSERVE):
+        opened.module(batch)
+    opened.set_ranges(how)

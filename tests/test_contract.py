@@ -77,12 +77,6 @@ def quiet(model: Any) -> Any:
     return model
 
 
-def observed(opened: Prepared, batch: Tensor, how: str = "mse") -> None:
-    with torch.no_grad(), opened.phase(Phase.OBSERVE):
-        opened.module(batch)
-    opened.set_ranges(how)
-
-
 def logits(opened: Prepared, phase: Phase, batch: Tensor) -> Tensor:
     with torch.no_grad(), opened.phase(phase):
         return cast(Tensor, opened.module(batch))
@@ -103,7 +97,7 @@ def test_convert_gives_what_was_calibrated(backend: Backend, network: str, bits:
     model, batch = prepared(backend, network, bits), models.images(128)
     opened = backend.open(model)
     assert opened.lowest_bits == bits
-    observed(opened, batch)
+    models.observed(opened, batch)
     fake = logits(opened, Phase.EVALUATE, batch)
     with torch.no_grad():
         private = opened.convert()(batch)
@@ -152,7 +146,7 @@ def test_the_users_model_is_touched_by_commit_alone(backend: Backend, network: s
     model, batch = prepared(backend, network, 4), models.images(16)
     before, code = models.state(model), model.code
     opened = backend.open(model)
-    observed(opened, batch)
+    models.observed(opened, batch)
     for step in opened.steps():
         step.requires_grad_(True)
     with opened.phase(Phase.TRAIN):
@@ -190,7 +184,7 @@ def test_phases_restore_switches_also_after_an_exception(backend: Backend) -> No
 def test_everything_that_is_trained_gets_a_gradient(backend: Backend, network: str) -> None:
     opened, batch = backend.open(prepared(backend, network, 4)), models.images(16)
     assert opened.trainable
-    observed(opened, batch)
+    models.observed(opened, batch)
     for step in opened.steps():
         step.requires_grad_(True)
     with opened.phase(Phase.TRAIN):
@@ -207,7 +201,7 @@ def test_everything_that_is_trained_gets_a_gradient(backend: Backend, network: s
 def test_the_reference_is_what_the_activations_are_to_become(backend: Backend, network: str) -> None:
     opened, batch = backend.open(prepared(backend, network, 3)), models.images(8)
     reference = opened.reference()
-    observed(opened, batch)
+    models.observed(opened, batch)
     with torch.no_grad(), reference.phase(Phase.FLOAT), opened.phase(Phase.TRAIN):
         before = reference.module(batch)
         for weight in opened.weights():
@@ -227,7 +221,7 @@ def test_the_reference_is_what_the_activations_are_to_become(backend: Backend, n
 @pytest.mark.parametrize("how", ["mse", "minmax"])
 def test_ranges_cover_what_was_seen(backend: Backend, how: str) -> None:
     opened, batch = backend.open(prepared(backend)), models.images(64)
-    observed(opened, batch, how)
+    models.observed(opened, batch, how)
     fake, exact = logits(opened, Phase.EVALUATE, batch), logits(opened, Phase.FLOAT, batch)
     assert (fake - exact).abs().mean() <= 0.02 * exact.std()
 
@@ -241,7 +235,7 @@ def test_channels_with_gamma_zero_convert(backend: Backend) -> None:
     expected = original(batch)
     model = backend.prepare(original, models.SIZE, Scheme())
     opened = backend.open(model)
-    observed(opened, batch)
+    models.observed(opened, batch)
     opened.commit()
     converted = converted_by_toolkit(backend, model)(batch)
     assert torch.isfinite(converted).all()
@@ -296,7 +290,7 @@ def test_a_failure_leaves_the_users_model_as_it_was(backend: Backend) -> None:
 def test_batches_of_any_size(backend: Backend, network: str, tmp_path: Path) -> None:
     model = prepared(backend, network)
     opened = backend.open(model)
-    observed(opened, models.images(16))
+    models.observed(opened, models.images(16))
     opened.commit()
     converted = opened.convert()
     path = tmp_path / f"model{backend.suffix}"
@@ -326,7 +320,7 @@ RELOAD = {
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_saved_models_run_without_this_package(backend: Backend, tmp_path: Path) -> None:
     opened, batch = backend.open(prepared(backend)), models.images(5)
-    observed(opened, batch)
+    models.observed(opened, batch)
     converted = opened.convert()
     backend.save(converted, batch[:1], tmp_path / f"model{backend.suffix}")
     torch.save(batch, tmp_path / "batch.pt")
@@ -346,7 +340,7 @@ def test_refusals_name_the_culprit(backend: Backend) -> None:
     with pytest.raises(ModelError, match="Residual is not prepared"):
         backend.open(models.trained())
     opened = backend.open(prepared(backend))
-    observed(opened, models.images(8))
+    models.observed(opened, models.images(8))
     converted = opened.convert()
     assert backend.recognises(converted)
     with pytest.raises(ModelError, match="already converted"):

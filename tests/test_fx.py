@@ -60,12 +60,6 @@ def users_mapping(bits: int, observers: bool = False) -> QConfigMapping:
     return QConfigMapping().set_global(QConfig(*pair))
 
 
-def observed(opened: Prepared, batch: Tensor) -> None:
-    with torch.no_grad(), opened.phase(Phase.OBSERVE):
-        opened.module(batch)
-    opened.set_ranges()
-
-
 def test_it_is_a_backend() -> None:
     assert isinstance(FXBackend(), Backend)
     assert isinstance(FXBackend().open(models.prepared()), Prepared)
@@ -83,7 +77,7 @@ def test_convert_gives_what_was_calibrated(bits: int, mapping: str) -> None:
         prepared = prepare_qat_fx(models.trained().train(), chosen, EXAMPLE)
     batch = models.images(128)
     opened = FXBackend().open(prepared)
-    observed(opened, batch)
+    models.observed(opened, batch)
     with torch.no_grad(), opened.phase(Phase.EVALUATE):
         calibrated = opened.module(batch)
     opened.commit()
@@ -100,7 +94,7 @@ def test_convert_gives_what_was_calibrated(bits: int, mapping: str) -> None:
 def test_hidden_activations_have_two_to_the_bits_levels(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     prepared = models.prepared(bits)
     opened = FXBackend().open(prepared)
-    observed(opened, models.images(64))
+    models.observed(opened, models.images(64))
     opened.commit()
     converted = convert_fx(prepared.eval())
     seen: dict[str, int] = {}
@@ -127,7 +121,7 @@ def test_observers_of_prepare_fx_keep_their_levels(bits: int) -> None:
     opened = FXBackend().open(prepared)
     assert not opened.trainable
     batch = models.images(128)
-    observed(opened, batch)
+    models.observed(opened, batch)
     opened.commit()
     converted = convert_fx(prepared.eval())(batch)
     # the same observers as fake quantizers are the reference
@@ -148,7 +142,7 @@ def test_channels_with_gamma_zero_convert() -> None:
     expected = model(batch := models.images(32))
     prepared = models.prepared(8, model)
     opened = FXBackend().open(prepared)
-    observed(opened, batch)
+    models.observed(opened, batch)
     opened.commit()
     converted = convert_fx(prepared.eval())(batch)
     assert torch.isfinite(converted).all()
@@ -175,7 +169,7 @@ def test_the_original_is_touched_by_commit_alone() -> None:
     prepared = models.prepared(4)
     before = models.state(prepared)
     opened = FXBackend().open(prepared)
-    observed(opened, models.images(16))
+    models.observed(opened, models.images(16))
     opened.convert()
     assert models.same(before, models.state(prepared))
     opened.commit()
@@ -212,7 +206,7 @@ def test_phases_do_what_they_say() -> None:
 
 def test_activations_take_few_levels() -> None:
     opened, batch = FXBackend().open(models.prepared(3)), models.images(8)
-    observed(opened, batch)
+    models.observed(opened, batch)
     with torch.no_grad(), opened.phase(Phase.TRAIN), opened.activations() as of_q:
         opened.module(batch)
     assert max(each.unique().numel() for each in of_q.values() if each.ndim == 4) <= 8
@@ -260,7 +254,7 @@ def fake_and_converted(model: nn.Module) -> tuple[Tensor, Tensor]:
     prepared = models.prepared(8, model)
     opened = FXBackend().open(prepared)
     batch = models.images(64)
-    observed(opened, batch)
+    models.observed(opened, batch)
     opened.commit()
     with torch.no_grad():
         fake, converted = prepared.eval()(batch), convert_fx(copy.deepcopy(prepared))(batch)
@@ -298,7 +292,7 @@ def test_transposed_convolutions_without_a_right_kernel_stay_in_float(channels: 
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, channels, 2), nn.Flatten(2))
     prepared = FXBackend().prepare(model, models.SIZE, Scheme(engine="x86"))
     opened, batch = FXBackend().open(prepared), models.images(16)
-    observed(opened, batch)
+    models.observed(opened, batch)
     with torch.no_grad(), using_engine("x86"):
         with opened.phase(Phase.EVALUATE):
             fake = opened.module(batch)
@@ -323,7 +317,7 @@ def test_refusals_name_the_culprit() -> None:
         backend.open(models.trained())
     prepared = models.prepared()
     opened = backend.open(prepared)
-    observed(opened, models.images(8))
+    models.observed(opened, models.images(8))
     with pytest.raises(ModelError, match="already converted"):
         backend.open(opened.convert())
     nothing = prepare_qat_fx(models.trained().train(), QConfigMapping(), EXAMPLE)
@@ -335,7 +329,7 @@ def test_prepare_fx_default_mapping_converts() -> None:
     prepared = prepare_fx(models.trained(), get_default_qconfig_mapping("x86"), EXAMPLE)
     opened = FXBackend().open(prepared)
     batch = models.images(64)
-    observed(opened, batch)
+    models.observed(opened, batch)
     opened.commit()
     expected = models.trained()(batch)
     assert (convert_fx(prepared)(batch) - expected).abs().mean() < 0.2 * expected.std()
@@ -346,7 +340,7 @@ def test_saved_model_reloads(tmp_path: object) -> None:
 
     path = Path(str(tmp_path)) / "model.pt"
     opened = FXBackend().open(models.prepared())
-    observed(opened, models.images(32))
+    models.observed(opened, models.images(32))
     converted = opened.convert()
     FXBackend().save(converted, torch.zeros(1, *models.SIZE), path)
     batch = models.images(7)
@@ -448,7 +442,7 @@ def test_layers_that_are_quantization_aware_by_hand_keep_their_batch_norm() -> N
     assert opened.lowest_bits == 4
     with torch.no_grad(), opened.phase(Phase.FLOAT):
         assert torch.equal(opened.module(batch), opened.float_model().eval()(batch))
-    observed(opened, batch)
+    models.observed(opened, batch)
     for step in opened.steps():
         step.requires_grad_(True)
     with opened.phase(Phase.TRAIN):
@@ -531,7 +525,7 @@ def test_each_call_of_a_layer_has_a_scale_of_its_own(qat: bool) -> None:
     prepared = prepare(model.train(qat), mapping, EXAMPLE)
     opened = FXBackend().open(prepared)
     assert any("1 repeated call of a layer" in note for note in opened.notes)  # the activation has no weights
-    observed(opened, batch)
+    models.observed(opened, batch)
     with torch.no_grad():
         with opened.phase(Phase.EVALUATE):
             fake = opened.module(batch)  # without quantization where there are observers only
@@ -568,7 +562,7 @@ def test_averages_round_ties_alike_in_every_layout() -> None:
     """Integer poolings round ``average + zero point`` to even, but for channels last, where it is the average."""
     prepared = models.prepared(8, Pooled())
     opened, batch = FXBackend().open(prepared), models.images(32)
-    observed(opened, batch)
+    models.observed(opened, batch)
     for module in opened.module.modules():
         if isinstance(module, LearnedFakeQuantize) and not module.per_channel:
             module.zero_point.bitwise_or_(1)
@@ -653,7 +647,7 @@ def test_levels_that_a_concatenation_changes_are_few(bits: int) -> None:
     prepared, batch = models.prepared(bits, Joins(turned, nn.functional.relu6)), models.images(64)
     opened = FXBackend().open(prepared)
     assert [each.limits for each in opened._quantizers() if each.limits is not None] == [(0, 6)]
-    observed(opened, batch)
+    models.observed(opened, batch)
     with torch.no_grad():
         with opened.phase(Phase.EVALUATE):
             fake = opened.module(batch)
@@ -673,7 +667,7 @@ def test_observed_concatenations_convert(qat: bool) -> None:
     prepare = prepare_qat_fx if qat else prepare_fx
     prepared = prepare(model.train(qat), users_mapping(8, observers=not qat), EXAMPLE)
     opened = FXBackend().open(prepared)
-    observed(opened, batch)
+    models.observed(opened, batch)
     converted = opened.convert()
     with torch.no_grad():
         expected = model.eval()(batch)

@@ -256,9 +256,7 @@ def test_a_refined_image_shows_two_classes() -> None:
 def test_updates_that_are_not_finite_are_left_out() -> None:
     opened = FXPrepared(models.prepared())
     batch = models.images(8)
-    with torch.no_grad(), opened.phase(Phase.OBSERVE):
-        opened.module(batch)
-    opened.set_ranges("mse")
+    models.observed(opened, batch)
     learner = QuantizedPlayer(opened, models.teacher(), Settings(), Pace(2))
     with learner.learning():
         z_q = opened.module(batch)
@@ -277,9 +275,7 @@ def test_updates_that_are_not_finite_are_left_out() -> None:
 def test_the_best_state_comes_back() -> None:
     opened = FXPrepared(models.prepared())
     batch = models.images(8)
-    with torch.no_grad(), opened.phase(Phase.OBSERVE):
-        opened.module(batch)
-    opened.set_ranges("mse")
+    models.observed(opened, batch)
     parameters = list(opened.weights())
     good = [parameter.detach().clone() for parameter in parameters]
     with opened.phase(Phase.TRAIN):
@@ -316,9 +312,7 @@ def test_activations_are_part_of_the_loss(own: bool) -> None:
     opened = FXPrepared(models.prepared(3))
     teacher = models.teacher() if own else models.teacher(models.trained(seed=5))
     batch = models.images(8)
-    with torch.no_grad(), opened.phase(Phase.OBSERVE):
-        opened.module(batch)
-    opened.set_ranges("mse")
+    models.observed(opened, batch)
     settings = Settings(feature_weight=3.0, learn_step_sizes=False)
     learner, plain = (
         QuantizedPlayer(opened, teacher, each, Pace(2))
@@ -366,9 +360,7 @@ def test_a_batch_in_pieces_teaches_the_same() -> None:
 @pytest.mark.parametrize("size", [None, 3])
 def test_what_a_batch_says_nothing_of_is_left_alone(size: int | None) -> None:
     opened, batch = FXPrepared(models.prepared(8)), models.images(7)
-    with torch.no_grad(), opened.phase(Phase.OBSERVE):
-        opened.module(batch)
-    opened.set_ranges("mse")
+    models.observed(opened, batch)
     settings = Settings(optimizer="sgd", learning_rate=0.1, weight_decay=0.5, feature_weight=0.0)
     pace = Pace(1)
     learner = QuantizedPlayer(opened, models.teacher(), settings, pace)

@@ -300,9 +300,7 @@ def converted_and_error(traced: fx.GraphModule, mapping: QConfigMapping) -> tupl
 def fake_and_converted(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor, list[str]]:
     """Outputs of the calibrated model at W8A8 and of the integer one, and the notes."""
     opened = FXBackend().open(FXBackend().prepare(model.eval(), (3, *images.shape[2:]), Scheme(engine="x86")))
-    with torch.no_grad(), opened.phase(Phase.OBSERVE):
-        opened.module(images)
-    opened.set_ranges()
+    models.observed(opened, images)
     with torch.no_grad(), opened.phase(Phase.EVALUATE):
         fake = opened.module(images)
     return fake, outputs(opened.convert(), images), opened.notes
@@ -536,16 +534,6 @@ def test_every_call_is_compared_with_its_float_form(name: str, enlarge: Any) -> 
     assert (converted - fake).abs().mean() < 0.02 * fake.std()
 
 
-class Summed(nn.Module):
-    def __init__(self, add: Any) -> None:
-        super().__init__()
-        self.one, self.other, self.add = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3), add
-
-    def forward(self, x: Tensor) -> Tensor:
-        total: Tensor = self.add(self.one(x), self.other(x)).flatten(2).mean(2)
-        return total
-
-
 @pytest.mark.parametrize("add", [torch.add, operator.add], ids=["torch", "operator"])
 def test_wrong_sums_stay_in_float_by_either_name(add: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The integer kernel is the same, and its name has to lead back to the call."""
@@ -556,7 +544,7 @@ def test_wrong_sums_stay_in_float_by_either_name(add: Any, monkeypatch: pytest.M
         return result + 100 if node.target is torch.ops.quantized.add else result
 
     monkeypatch.setattr(_Trial, "_exact", off)
-    fake, converted, (note,) = fake_and_converted(Summed(add), torch.randn(8, 3, 12, 12))
+    fake, converted, (note,) = fake_and_converted(Joined(add), torch.randn(8, 3, 12, 12))
     assert "add stays in float: the integer kernel is wrong" in note
     assert (converted - fake).abs().mean() < 0.02 * fake.std()
 

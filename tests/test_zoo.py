@@ -19,6 +19,7 @@ from adadfq_plugin import zoo
 from adadfq_plugin.demo import DEMO_MODELS, demo_model
 from adadfq_plugin.errors import DataError, ModelError, SettingsError, UnknownNameError
 from adadfq_plugin.hooks import fork_rng
+from adadfq_plugin.labelled import ValidationLoader
 from adadfq_plugin.teacher import IMAGENET_MEAN, IMAGENET_STD, Facts
 
 NAME = "test_resnet"
@@ -250,7 +251,7 @@ def images(folder: Path, *names: str, mode: str = "RGB") -> Path:
     return folder
 
 
-def labels(loader: zoo.ValidationLoader) -> list[int]:
+def labels(loader: ValidationLoader) -> list[int]:
     return [int(label) for _, batch in loader for label in batch]
 
 

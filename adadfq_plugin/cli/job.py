@@ -23,6 +23,7 @@ from adadfq_plugin.demo import demo_model
 from adadfq_plugin.errors import DataError, OutputError, SettingsError
 from adadfq_plugin.files import atomic_folder, check_folder
 from adadfq_plugin.hooks import module_modes
+from adadfq_plugin.labelled import ValidationLoader
 from adadfq_plugin.report import Accuracy, Latency, Report, environment, measure_latency, write
 from adadfq_plugin.report.render import megabytes, percent
 from adadfq_plugin.teacher import Facts
@@ -49,7 +50,7 @@ class Images:
     workers: int
     batch_size: int = 32
 
-    def loader(self, facts: Facts, crop_mode: str) -> zoo.ValidationLoader:
+    def loader(self, facts: Facts, crop_mode: str) -> ValidationLoader:
         """Batches for a network with these facts."""
         return zoo.validation_loader(
             self.folder,
@@ -195,7 +196,7 @@ def _converted(folder: Path) -> tuple[Logits, Facts, str]:
     return backend.load(folder / f"{MODEL}{backend.suffix}").forward, facts, crop_mode
 
 
-def _top1(model: Logits, loader: zoo.ValidationLoader, network: str, bars: Bars) -> float:
+def _top1(model: Logits, loader: ValidationLoader, network: str, bars: Bars) -> float:
     def progress(done: int) -> None:
         bars(f"top-1 of {network}", done, loader.count, {})
 

@@ -23,7 +23,7 @@ from adadfq_plugin.backends.fx.streams import REASON, normed_streams
 from adadfq_plugin.backends.fx.traceable import traceable
 from adadfq_plugin.backends.fx.unquantizable import CallSite, leave_in_float
 from adadfq_plugin.config import Scheme
-from adadfq_plugin.errors import DataError, ModelError, SettingsError
+from adadfq_plugin.errors import DataError, ModelError, SettingsError, first_line
 
 __all__ = [
     "FXBackend",
@@ -146,5 +146,5 @@ class FXBackend:
                 warnings.simplefilter("ignore")
                 loaded: nn.Module = torch.jit.load(str(path))
         except (RuntimeError, ValueError, OSError) as error:
-            raise DataError(f"{path} is no converted model: {str(error).splitlines()[0]}") from error
+            raise DataError(f"{path} is no converted model: {first_line(error)}") from error
         return loaded

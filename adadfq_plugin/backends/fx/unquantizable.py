@@ -29,7 +29,7 @@ from adadfq_plugin.backends.fx.calls import in_float
 from adadfq_plugin.backends.fx.prepared import FXPrepared
 from adadfq_plugin.backends.fx.traceable import INPUT_SIZE, KEPT_ATTRIBUTES
 from adadfq_plugin.contracts import Phase
-from adadfq_plugin.errors import UntraceableError
+from adadfq_plugin.errors import UntraceableError, first_line
 
 __all__ = ["CallSite", "leave_in_float", "numbered", "unquantizable"]
 
@@ -272,7 +272,7 @@ class _Trial(fx.Interpreter):
         try:
             result = super().run_node(n)
         except Exception as error:
-            message = str(error).splitlines()[0].split(". This could")[0]
+            message = first_line(error).split(". This could")[0]
             self._add(n, None, f"{type(error).__name__}: {message}")
             raise _Stopped from error
         if n.op.startswith("call") and isinstance(result, Tensor) and result.is_quantized:

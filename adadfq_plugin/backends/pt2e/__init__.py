@@ -25,7 +25,7 @@ from adadfq_plugin.backends.pt2e.graphs import is_exported, plain_copy, use_eval
 from adadfq_plugin.backends.pt2e.prepared import ATTRIBUTES, IN_FLOAT, SIZE, PT2EPrepared, input_size
 from adadfq_plugin.backends.pt2e.quantizer import SchemeQuantizer
 from adadfq_plugin.config import Scheme
-from adadfq_plugin.errors import DataError, ModelError
+from adadfq_plugin.errors import DataError, ModelError, first_line
 
 __all__ = ["LearnedFakeQuantize", "PT2EBackend", "PT2EPrepared", "SchemeQuantizer", "compiled"]
 
@@ -108,9 +108,7 @@ class PT2EBackend:
         except ModelError:
             raise
         except Exception as error:  # whatever the toolkits raise
-            raise ModelError(
-                f"{toolkit} can't follow {type(model).__name__}: {_first_line(error)}"
-            ) from error
+            raise ModelError(f"{toolkit} can't follow {type(model).__name__}: {first_line(error)}") from error
         for name in ("pretrained_cfg", "num_classes"):
             if hasattr(model, name):
                 setattr(prepared, name, copy.deepcopy(getattr(model, name)))
@@ -181,7 +179,7 @@ class PT2EBackend:
                 warnings.simplefilter("ignore")
                 loaded: nn.Module = torch.export.load(file).module()
         except Exception as error:  # whatever torch's readers raise
-            raise DataError(f"{path} is no converted model: {_first_line(error)}") from error
+            raise DataError(f"{path} is no converted model: {first_line(error)}") from error
         return loaded
 
 
@@ -200,7 +198,3 @@ def _check(model: nn.Module, graph: GraphModule, like: Tensor) -> None:
             raise ModelError(
                 f"the export of {type(model).__name__} is not what the model computes: relative error {error:.2g}"
             )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
