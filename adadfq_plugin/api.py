@@ -64,6 +64,7 @@ class Result:
         agreement: top-1 agreement of P and the fake-quantized Q on the samples, 0 to 1.
         sqnr_db: signal to quantization noise of Q's logits on the samples, in decibels.
         macs: multiply-adds of one image.
+        integer_macs: those that integer kernels do, after :func:`quantize`.
         prepared: the calibrated model, ready for conversion.
         scheme: bit widths, where this package prepared the model.
         quantized: the converted model, after :func:`quantize`.
@@ -85,6 +86,7 @@ class Result:
     macs: int
     prepared: nn.Module
     scheme: Scheme | None = None
+    integer_macs: int | None = None
     quantized: nn.Module | None = field(default=None, repr=False)
 
 
@@ -311,7 +313,9 @@ def quantize(
         progress=progress,
     )
     with fork_rng(seed):
-        return replace(result, scheme=widths, quantized=toolkit.open(result.prepared).convert())
+        converted = toolkit.open(result.prepared).convert()
+    integer = toolkit.integer_macs(converted, torch.zeros(2, *facts.input_size))
+    return replace(result, scheme=widths, integer_macs=integer, quantized=converted)
 
 
 def synthesize(model: nn.Module, count: int, **arguments: Any) -> SyntheticDataset:

@@ -108,6 +108,9 @@ class Backend(Protocol):
     def open(self, prepared: nn.Module) -> Prepared:
         """A private copy of a prepared model; refuses what can't be calibrated."""
 
+    def integer_macs(self, converted: nn.Module, example: Tensor) -> int:
+        """Multiply-adds of one image that integer kernels do in a converted model; ``example`` is a batch of two."""
+
     def save(self, converted: nn.Module, example: Tensor, path: Path) -> None:
         """Writes a converted model that reloads without this package."""
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from adadfq_plugin.errors import ModelError, first_line
 
@@ -153,28 +154,19 @@ def _rules_out_channels_last(module: nn.Module) -> bool:
 
 
 def multiply_adds(model: nn.Module, input_size: Sequence[int]) -> int:
-    """Multiply-adds of convolutions and linear layers for one image.
+    """Multiply-adds of convolutions, linear layers and matrix products for one image.
+
+    Args:
+        model: in eval mode; none of its parameters asks for a gradient if one is an argument of a call in it.
+        input_size: (channels, height, width).
 
     Example:
         >>> multiply_adds(nn.Conv2d(3, 8, 3, padding=1), (3, 4, 4))
         3456
     """
-    total = 0
-
-    def count(module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        nonlocal total
-        weight: Any = module.weight
-        total += output[0].numel() * weight.numel() // weight.shape[0]
-
-    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-    handles = [each.register_forward_hook(count) for each in model.modules() if isinstance(each, kinds)]
-    try:
-        with torch.no_grad():
-            model(torch.zeros(1, *input_size, device=device_of(model)))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return total
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(2, *input_size, device=device_of(model)))
+    return int(counter.get_total_flops()) // 4  # two images, two operations each
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -14,7 +14,6 @@ import argparse
 import copy
 import json
 import multiprocessing
-import operator
 import resource
 import time
 import warnings
@@ -28,12 +27,12 @@ import torch
 from coverage_table import AGREES, BACKENDS, LEAST, MOST, SECONDS, TABLE, Row, shown, write_table
 from networks import random_images, settle
 from torch import Tensor, fx, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import adadfq_plugin
-from adadfq_plugin import zoo
+from adadfq_plugin import api, zoo
 from adadfq_plugin.errors import AdaDFQError
 from adadfq_plugin.fake_quantize import LearnedQuantizer, switched
+from adadfq_plugin.teacher import multiply_adds
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = ROOT / "benchmarks" / "coverage.json"
@@ -64,7 +63,8 @@ def fill(row: Row) -> None:
     """Take the row's architecture through the path and write what comes out of it into the row."""
     row["stage"] = "create"
     model, size = zoo.smallest_model(row["model"])
-    row |= {"input_size": list(size), "multiply_adds": count_multiply_adds(model, size)}
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    row |= {"input_size": list(size), "multiply_adds": multiply_adds(frozen, size)}
     if "as_initialised" not in row:
         _, converted = walk(row, model, size, QUICK)
         row["as_initialised"] = finite(converted, torch.randn(2, *size))
@@ -73,8 +73,8 @@ def fill(row: Row) -> None:
     row["stage"] = "run"
     with torch.no_grad():
         compare(row, prepared, converted, size)
-        integer = integer_multiply_adds if row["backend"] == "fx" else dequantized_multiply_adds
-        row["integer_share"] = integer(converted, torch.zeros(2, *size)) / row["multiply_adds"]
+    integer = api.backends().get(row["backend"]).integer_macs(converted, torch.zeros(2, *size))
+    row["integer_share"] = integer / row["multiply_adds"]
     del row["stage"]
 
 
@@ -168,65 +168,6 @@ def distance(expected: Tensor, actual: Tensor) -> float:
 def first(output: Any) -> Tensor:
     """Return the logits of a model that may return several."""
     return output if isinstance(output, Tensor) else first(next(iter(output)))
-
-
-def count_multiply_adds(model: nn.Module, size: tuple[int, ...]) -> int:
-    """Return the multiply-adds of one image."""
-    frozen = copy.deepcopy(model).requires_grad_(False)  # the counter's hooks fail on parameters as inputs
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        frozen(torch.zeros(2, *size))
-    return int(counter.get_total_flops() // 4)
-
-
-def integer_multiply_adds(converted: fx.GraphModule, images: Tensor) -> int:
-    """Return the multiply-adds for one image that torch.ao's integer layers do."""
-    counts: list[int] = []
-
-    def count(module: Any, args: Any, output: Tensor) -> None:
-        transposed = "Transpose" in type(module).__name__
-        counts.append(module.weight()[0].numel() * (args[0] if transposed else output).numel())
-
-    layers = [
-        module
-        for module in converted.modules()
-        if type(module).__module__.startswith("torch.ao.nn") and callable(getattr(module, "weight", None))
-    ]
-    handles = [layer.register_forward_hook(count) for layer in layers]
-    try:
-        converted(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return sum(counts) // len(images)
-
-
-class Counted(fx.Interpreter):
-    """Counts the multiply-adds of the layers and products of which both operands are dequantized."""
-
-    total = 0
-
-    def run_node(self, n: fx.Node) -> Any:
-        operands = [self.origin(each) for each in n.args[:2] if isinstance(each, fx.Node)]
-        if len(operands) < 2 or not all("dequantize" in str(each.target) for each in operands):
-            return super().run_node(n)
-        with FlopCounterMode(display=False) as counter:
-            result = super().run_node(n)
-        self.total += int(counter.get_total_flops())
-        return result
-
-    @staticmethod
-    def origin(node: fx.Node) -> fx.Node:
-        """The tensor whose values these are, in another shape."""
-        while str(node.target).split(".")[1:2] == ["transpose"] or node.target is operator.getitem:
-            (node,) = node.all_input_nodes
-        return node
-
-
-def dequantized_multiply_adds(converted: fx.GraphModule, images: Tensor) -> int:
-    """Return the multiply-adds for one image that integer kernels can do."""
-    counted = Counted(converted)
-    counted.run(images)
-    return counted.total // (2 * len(images))
 
 
 def run_in_process(row: Row, connection: Connection, gibibytes: int) -> None:

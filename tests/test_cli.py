@@ -110,6 +110,7 @@ def test_one_folder_with_all_that_came_of_it(run: Run, given: Given) -> None:
     assert report["facts"]["sources"]["mean"] == "timm"
     assert 0 <= report["agreement"] <= 1
     assert report["fidelity"] >= 0.875
+    assert report["integer_share"] == 1
     assert len(report["information"]) == report["samples"] == 8
     assert {row["phase"] for row in report["history"]} >= {"warmup", "game"}
     assert report["boundaries"] == [0.1, 0.8]
@@ -138,6 +139,7 @@ def test_the_other_backend(given: Given, tmp_path: Path) -> None:
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["backend"] == "pt2e"
     assert report["fidelity"] == 1
+    assert report["integer_share"] == 1
     assert any("compiled" in note for note in report["notes"])
     converted = adadfq("evaluate", tmp_path / "out", "--val", given.images)
     top1 = report["accuracy"]["top1"]["converted"]

@@ -114,6 +114,32 @@ def test_convert_gives_what_was_calibrated(backend: Backend, network: str, bits:
     assert (fake - exact).abs().mean() <= {8: 0.1, 6: 0.2, 4: 0.5, 3: 1.0, 2: 2.0}[bits] * exact.std()
 
 
+def test_all_multiply_adds_are_done_on_integers(backend: Backend, network: str) -> None:
+    opened = backend.open(prepared(backend, network))
+    models.observed(opened, models.images(8))
+    done = backend.integer_macs(opened.convert(), torch.zeros(2, *models.SIZE))
+    assert done == multiply_adds(NETWORKS[network](), models.SIZE) > 0
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_backends_quantize_alike(network: str, bits: int) -> None:
+    pytest.importorskip("torchao", reason="backend pt2e needs torchao")
+    batch, exact, steps, errors = models.images(128), NETWORKS[network](), {}, {}
+    for name in ("fx", "pt2e"):
+        kit = api.backends().get(name)
+        opened = kit.open(prepared(kit, network, bits))
+        models.observed(opened, batch)
+        pairs = zip(opened.weights(), opened.weight_units(), strict=True)
+        steps[name] = [unit.flatten() for weight, unit in pairs if weight.ndim in (2, 4)]
+        with torch.no_grad():
+            errors[name] = (opened.convert()(batch) - exact(batch)).norm() / exact(batch).norm()
+    torch.testing.assert_close(steps["fx"], steps["pt2e"], rtol=1e-5, atol=0)
+    assert (
+        0.8 < errors["fx"] / errors["pt2e"] < 3
+    )  # fx rounds what layers return as well, the logits among it
+    assert errors["fx"] < {8: 0.06, 4: 0.7}[bits]
+
+
 def test_float_phases_are_the_network_itself(backend: Backend, network: str) -> None:
     original, batch = NETWORKS[network](), models.images(8)
     with torch.no_grad():

@@ -535,6 +535,33 @@ def test_each_call_of_a_layer_has_a_scale_of_its_own(qat: bool) -> None:
         assert torch.equal(convert_fx(prepared.eval())(batch), converted)
 
 
+def test_multiply_adds_on_integers_leave_out_what_stays_in_float() -> None:
+    """And count a layer as often as it runs, and the product of two integer tensors."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.conv, self.up = (
+                nn.Conv2d(3, 4, 1),
+                nn.Conv2d(4, 4, 3),
+                nn.ConvTranspose2d(4, 4, 3),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.up(self.conv(self.conv(self.stem(x))))
+            return torch.matmul(x, x.transpose(2, 3)).flatten(1)
+
+    mapping = qconfig_mapping(Scheme()).set_module_name("stem", None)
+    opened = FXBackend().open(prepare_qat_fx(Twice().train(), mapping, EXAMPLE))
+    models.observed(opened, EXAMPLE[0])
+    side = models.SIZE[1]
+    layers = 4 * 4 * 9 * ((side - 2) ** 2 + 2 * (side - 4) ** 2)
+    assert (
+        FXBackend().integer_macs(opened.convert(), torch.zeros(2, *models.SIZE))
+        == layers + 4 * (side - 2) ** 3
+    )
+
+
 def test_a_layer_in_float_is_not_copied() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 3, 3, padding=1), norm := nn.GroupNorm(1, 3), nn.Conv2d(3, 3, 1), norm, nn.Flatten()

@@ -64,6 +64,7 @@ def full() -> Report:
         seconds={"warmup": 75.0, "game": 7.25},
         agreement=0.984,
         fidelity=0.996,
+        integer_share=0.975,
         sqnr_db=25.04,
         information=torch.tensor([0.05, 0.2, 0.5, 0.9]),
         boundaries=(0.1, 0.8),
@@ -88,6 +89,7 @@ def test_the_figures_stand_in_the_report(tmp_path: Path) -> None:
     assert "| size on disk | 18.60 MB | | 4.84 MB (0.26 of float) |" in text
     assert "| one image, 2 threads | 30.0 ms | | 12.0 ms (2.50 times as fast) |" in text
     assert "| agreement with float on the synthetic set | | 98.4 % | |" in text
+    assert "| multiply-adds on integers | | | 97.5 % |" in text
     assert "| agreement with fake-quantized on the synthetic set | | | 99.6 % |" in text
     assert "| SQNR of the logits on the synthetic set | | 25.0 dB | |" in text
     assert "converted and float is -1.2 points on 500 images" in text

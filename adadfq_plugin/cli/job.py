@@ -101,7 +101,8 @@ def quantize(plan: Plan, output: Path, images: Images | None, *, force: bool, ba
     # The float figure comes first: it reads every image, so that a broken one doesn't cost the whole run.
     top1 = {} if loader is None else {"float": _top1(model, loader, "float", bars)}
     result = api.quantize(model, **_arguments(plan, facts, bars))
-    assert result.quantized is not None  # calibrate alone leaves it out
+    assert result.quantized is not None  # calibrate alone leaves these out
+    assert result.integer_macs is not None
     converted, backend = result.quantized, api.backends().get(result.backend)
     model_file = f"{MODEL}{backend.suffix}"
     samples = _signed(result.samples, plan, facts)
@@ -137,6 +138,7 @@ def quantize(plan: Plan, output: Path, images: Images | None, *, force: bool, ba
             seconds=result.seconds,
             agreement=result.agreement,
             fidelity=fidelity,
+            integer_share=result.integer_macs / result.macs,
             sqnr_db=result.sqnr_db,
             information=result.information,
             boundaries=_boundaries(result.settings),

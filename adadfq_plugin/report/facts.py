@@ -75,6 +75,7 @@ class Report:
         seconds: duration by phase.
         agreement: share of the synthetic set on which float and fake-quantized network agree in top-1.
         fidelity: share of the synthetic set on which fake-quantized and converted network agree in top-1.
+        integer_share: share of the multiply-adds that integer kernels do in the converted network.
         sqnr_db: ratio of the float logits to their quantization error on the synthetic set, in decibel.
         information: normalised disagreement information H' of each sample (N,).
         boundaries: lambda_l and lambda_u, for the methods that have them.
@@ -99,6 +100,7 @@ class Report:
     seconds: Mapping[str, float] = field(default_factory=dict)
     agreement: float | None = None
     fidelity: float | None = None
+    integer_share: float | None = None
     sqnr_db: float | None = None
     information: Tensor | None = None
     boundaries: tuple[float, float] | None = None
@@ -146,6 +148,7 @@ class Report:
             "samples": len(self.samples),
             "agreement": self.agreement,
             "fidelity": self.fidelity,
+            "integer_share": self.integer_share,
             "sqnr_db": self.sqnr_db,
             "boundaries": self.boundaries,
             "shares": self.shares(),

@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 from adadfq_plugin.backends.fx.fake_quantize import LearnedFakeQuantize
 from adadfq_plugin.backends.fx.graphs import prepared_attributes
 from adadfq_plugin.backends.fx.kernels import best_engine, has_vnni, using_engine
+from adadfq_plugin.backends.fx.macs import integer_macs
 from adadfq_plugin.backends.fx.prepared import ENGINE, IN_FLOAT, FXPrepared
 from adadfq_plugin.backends.fx.qconfig import qconfig_mapping
 from adadfq_plugin.backends.fx.streams import REASON, normed_streams
@@ -125,6 +126,11 @@ class FXBackend:
                 "build the QConfig from torch.ao's observers and fake quantizers alone"
             )
         return FXPrepared(prepared)
+
+    def integer_macs(self, converted: nn.Module, example: Tensor) -> int:
+        """Multiply-adds of one image in torch.ao's integer layers and products."""
+        assert isinstance(converted, GraphModule)
+        return integer_macs(converted, example)
 
     def save(self, converted: nn.Module, example: Tensor, path: Path) -> None:
         """TorchScript, its archive compressed: ``torch.jit.load`` runs it without this package."""

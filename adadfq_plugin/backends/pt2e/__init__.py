@@ -22,6 +22,7 @@ except ImportError as error:
 from adadfq_plugin.backends.pt2e.fake_quantize import LearnedFakeQuantize, belongs_to
 from adadfq_plugin.backends.pt2e.folding import absorb_eps
 from adadfq_plugin.backends.pt2e.graphs import is_exported, plain_copy, use_eval_mode, use_no_mutation
+from adadfq_plugin.backends.pt2e.macs import integer_macs
 from adadfq_plugin.backends.pt2e.prepared import ATTRIBUTES, IN_FLOAT, SIZE, PT2EPrepared, input_size
 from adadfq_plugin.backends.pt2e.quantizer import SchemeQuantizer
 from adadfq_plugin.config import Scheme
@@ -151,6 +152,11 @@ class PT2EBackend:
             )
         input_size(prepared)
         return PT2EPrepared(prepared)
+
+    def integer_macs(self, converted: nn.Module, example: Tensor) -> int:
+        """Multiply-adds of one image whose operands are integers once Inductor has compiled the model."""
+        assert isinstance(converted, GraphModule)
+        return integer_macs(converted, example)
 
     def save(self, converted: nn.Module, example: Tensor, path: Path) -> None:
         """An exported program: ``torch.export.load`` runs it without this package."""
