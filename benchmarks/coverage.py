@@ -12,6 +12,7 @@ the fake-quantized one. Once as timm initialises it, and once settled (see netwo
 
 import argparse
 import copy
+import gc
 import json
 import multiprocessing
 import resource
@@ -66,8 +67,8 @@ def fill(row: Row) -> None:
     frozen = copy.deepcopy(model).requires_grad_(False)
     row |= {"input_size": list(size), "multiply_adds": multiply_adds(frozen, size)}
     if "as_initialised" not in row:
-        _, converted = walk(row, model, size, QUICK)
-        row["as_initialised"] = finite(converted, torch.randn(2, *size))
+        row["as_initialised"] = finite(walk(row, model, size, QUICK)[1], torch.randn(2, *size))
+        gc.collect()  # graphs are cycles, and the next round takes as much memory again
     settle(model, size)
     prepared, converted = walk(row, model, size, SETTINGS)
     row["stage"] = "run"
