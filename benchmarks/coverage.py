@@ -43,8 +43,8 @@ SETTINGS = {"samples": 8, "batch_size": 2, "range_samples": 8, "steps": 3}
 QUICK = {"samples": 2, "batch_size": 2, "range_samples": 2, "steps": 1, "ranges": "minmax"}
 BATCH = 16
 """Images of the comparison in a batch."""
-COPIES = 8
-"""Of the weights: the model, prepared, opened, P twice, gradients, Adam's two moments."""
+COPIES = 14
+"""Of the weights: the model, prepared, opened, P twice, gradients, Adam's two moments and more; 13 were not enough."""
 NUDGE = 1e-6
 """Relative change of each step size that is no more than rounding in single precision."""
 
