@@ -272,10 +272,10 @@ def main() -> None:
             row = future.result()
             rows[f"{waiting[future]} {options.backend}"] = row
             store.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-            write_table(rows, table)
             print(
                 f"{row['family']:28} {row.get('model', ''):36} {row['seconds']:4} s  {shown(row)}", flush=True
             )
+    write_table(rows, table)
 
 
 if __name__ == "__main__":
