@@ -31,6 +31,7 @@ from torch import Tensor, fx, nn
 
 import adadfq_plugin
 from adadfq_plugin import api, zoo
+from adadfq_plugin.backends.pt2e import compiled
 from adadfq_plugin.errors import AdaDFQError
 from adadfq_plugin.fake_quantize import LearnedQuantizer, switched
 from adadfq_plugin.teacher import multiply_adds
@@ -73,7 +74,10 @@ def fill(row: Row) -> None:
     prepared, converted = walk(row, model, size, SETTINGS)
     row["stage"] = "run"
     with torch.no_grad():
-        compare(row, prepared, converted, size)
+        row["compiled"] = row["backend"] == "pt2e"
+        if row["compiled"]:
+            row["eager_error"] = distance(logits(prepared, BATCH, size), logits(converted, BATCH, size))
+        compare(row, prepared, compiled(converted) if row["compiled"] else converted, size)
     integer = api.backends().get(row["backend"]).integer_macs(converted, torch.zeros(2, *size))
     row["integer_share"] = integer / row["multiply_adds"]
     del row["stage"]
@@ -121,15 +125,14 @@ def logits(model: Callable[[Tensor], Any], count: int, size: tuple[int, int, int
     return torch.cat([first(model(images)) for images in batches(count, size)])
 
 
-def compare(
-    row: Row, prepared: fx.GraphModule, converted: fx.GraphModule, size: tuple[int, int, int]
-) -> None:
+def compare(row: Row, prepared: fx.GraphModule, converted: nn.Module, size: tuple[int, int, int]) -> None:
     """Write the distances between the fake-quantized, the float and the converted model's logits into the row.
 
     Where the first and the last don't agree, the fake-quantized model is run once more with every step size changed by
     a millionth. Answers that this changes are no more stable than single precision is.
     """
     pairs: list[tuple[Tensor, Tensor]] = []
+    logits(converted, BATCH, size)  # compiles what is compiled
     start = time.monotonic()
     for images in batches(MOST, size):
         pairs.append((first(prepared(images)), first(converted(images))))

@@ -66,6 +66,8 @@ def write_table(rows: dict[str, Row], path: Path) -> None:
             sum(row["agreement"] >= AGREES for row in measured),
         )
         lines.append(f"| `{backend}` | " + " | ".join(map(str, counts)) + " |")
+    of_pt2e = [row for row in done if row["backend"] == "pt2e" and "agreement" in row]
+    exact = sum(row.get("eager_error", row["relative_error"]) == 0 for row in of_pt2e)
     taken = [each for each in auto if each]
     missing = {
         backend: [name for name, rows_of in by_name.items() if backend not in rows_of] for backend in BACKENDS
@@ -81,9 +83,10 @@ def write_table(rows: dict[str, Row], path: Path) -> None:
         f"{SETTLED} random images, scales of residual branches below {BRANCH} have that value, and the classifier is",
         "changed so that each logit has mean 0 and deviation 1 over random images.",
         "",
-        "`auto` was not run: it follows from both rows, and takes `pt2e` where `fx` refuses to prepare. Converted",
-        "models of `pt2e` were run eagerly, which computes in float what they have quantized: their agreement says",
-        "that the conversion kept the network, and nothing of Inductor's integer kernels.",
+        "`auto` was not run: it follows from both rows, and takes `pt2e` where `fx` refuses to prepare.",
+        f"{exact} of {len(of_pt2e)} converted models of `pt2e` give the fake-quantized one's logits bit for bit when",
+        "they are run eagerly, which computes in float what they have quantized. Rows that say *compiled* are of what",
+        "Inductor makes of them, with its integer kernels; those of `pt2e` that don't are of the eager model.",
         "",
         "- Integer: share of the multiply-adds of convolutions, linear layers and matrix products that integer modules",
         "  do (`fx`), or whose operands are both dequantized, so that Inductor finds an integer kernel (`pt2e`).",
@@ -114,7 +117,8 @@ def write_table(rows: dict[str, Row], path: Path) -> None:
         figures = [format(row[key], style) if key in row else "" for key, style in columns.items()]
         told = " ".join(remark(row).split()).replace("|", "\\|")
         way = "yes" if row["passed"] else f"no ({row.get('stage', 'limits')})"
-        cells = [row["family"], row["backend"], row.get("model", ""), side, way, *figures, told]
+        backend = row["backend"] + (", compiled" if row.get("compiled") else "")
+        cells = [row["family"], backend, row.get("model", ""), side, way, *figures, told]
         lines.append("| " + " | ".join(cells) + " |")
     path.parent.mkdir(exist_ok=True)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
