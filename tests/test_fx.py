@@ -668,6 +668,32 @@ def test_concatenations_join_equal_levels(both: Any, large: Any, seed: int) -> N
     assert [len(levels) for levels in models.joined(converted, batch)] == [1, 1]
 
 
+def viewed_gate(x: Tensor) -> Tensor:
+    return turned(x.sigmoid())
+
+
+@pytest.mark.parametrize(
+    ("both", "large", "in_float"),
+    [
+        (torch.sigmoid, same, 2),
+        (viewed_gate, same, 2),
+        (same, torch.tanh, 1),
+        (torch.sigmoid, viewed_gate, 1),
+    ],
+)
+def test_nothing_takes_the_range_of_a_gate_it_is_joined_with(both: Any, large: Any, in_float: int) -> None:
+    torch.manual_seed(0)
+    model, batch = Joins(both, large).eval(), models.images(64)
+    opened = FXPrepared(FXBackend().prepare(model, models.SIZE, Scheme()))
+    models.observed(opened, batch)
+    with torch.no_grad():
+        exact, converted = model(batch), opened.convert()(batch)
+    assert (converted - exact).abs().mean() <= 0.1 * exact.std()
+    told = " ".join(opened.notes)
+    assert ("2 torch.cat" in told) == (in_float == 2)
+    assert "joins a sigmoid or the like with other tensors" in told
+
+
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_levels_that_a_concatenation_changes_are_few(bits: int) -> None:
     """Narrow levels saturate in front of the concatenation and behind it; a ReLU6 there is left to its quantizer."""

@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from adadfq_plugin.backends.fx.graphs import INTEGER, called, is_quantizer, module_of
 
-__all__ = ["requantize"]
+__all__ = ["has_fixed_levels", "requantize"]
 
 
 @functools.cache
@@ -21,6 +21,28 @@ def _keeping_levels() -> frozenset[Any]:
     return frozenset(
         each.pattern for each in get_native_backend_config().configs if each.observation_type is share
     )
+
+
+@functools.cache
+def _fixing_levels() -> frozenset[Any]:
+    """What torch.ao gives the same levels whatever comes out: sigmoid, hyperbolic tangent, softmax."""
+    return frozenset(
+        each.pattern
+        for each in get_native_backend_config().configs
+        if any(types.output_dtype_with_constraints.scale_exact_match for types in each.dtype_configs)
+    )
+
+
+def has_fixed_levels(model: GraphModule, node: Node) -> bool:
+    """Whether torch.ao quantizes a tensor to [0, 1) or [-1, 1), as it does with a sigmoid and views of one.
+
+    Args:
+        model: a traced model, not prepared yet.
+        node: what gives the tensor.
+    """
+    while called(model, node) in _keeping_levels() and len(node.all_input_nodes) == 1:
+        (node,) = node.all_input_nodes
+    return called(model, node) in _fixing_levels()
 
 
 def requantize(model: GraphModule) -> None:

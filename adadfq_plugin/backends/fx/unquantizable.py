@@ -26,6 +26,7 @@ from torch.ao.quantization.quantize_fx import prepare_qat_fx
 from torch.fx.node import _get_qualified_name
 
 from adadfq_plugin.backends.fx.calls import in_float
+from adadfq_plugin.backends.fx.levels import has_fixed_levels
 from adadfq_plugin.backends.fx.prepared import FXPrepared
 from adadfq_plugin.backends.fx.traceable import INPUT_SIZE, KEPT_ATTRIBUTES
 from adadfq_plugin.contracts import Phase
@@ -103,12 +104,13 @@ def unquantizable(
     """Return the parts of a model that torch.ao would quantize, but whose conversion fails or computes something else.
 
     The model is prepared, converted and run on a copy, on random images, with the quantized engine that is set
-    (``torch.backends.quantized.engine``); parts that fail are left out, until nothing fails. Six things fail:
+    (``torch.backends.quantized.engine``); parts that fail are left out, until nothing fails. Seven things fail:
 
     - a call on an integer tensor (indices, masks), which torch.ao takes for a floating-point one;
     - a sum or product that something is divided by: it is not to be zero, as a rounded one may be;
     - a sum or product of a tensor and a number: torch.ao fake-quantizes what goes in and what comes out at the same
       levels, however far apart the two ranges are, and the integer kernel computes the result without them;
+    - a concatenation of a tensor whose range torch.ao fixes (a sigmoid's is [0, 1)) with others: all would take it;
     - a call without an integer kernel (bicubic interpolation): all calls of that function or method are left out;
     - a concatenation of tensors that don't share a quantizer, as the integer kernel wants them to: only that call is
       left out;
@@ -147,7 +149,7 @@ def unquantizable(
 
 
 def _calls_in_float(traced: fx.GraphModule) -> list[CallSite]:
-    """Return the calls on integer tensors, and the sums and products that are denominators or take a number."""
+    """Return what can be seen without a trial: calls on integers, and results that would have the wrong levels."""
     tensors = {**dict(traced.named_parameters()), **dict(traced.named_buffers())}
 
     def is_integer(node: Any) -> bool:
@@ -170,6 +172,12 @@ def _calls_in_float(traced: fx.GraphModule) -> list[CallSite]:
             )
         elif gives_tensor and node.target in _SHARING and sum(map(is_tensor, node.args)) == 1:
             reason = "of a tensor and a number, which would share the levels of the tensor"
+            sites.append(CallSite(node.op, name, index, reason))
+        elif (
+            node.target in _JOINING
+            and len({has_fixed_levels(traced, each) for each in node.all_input_nodes}) > 1
+        ):
+            reason = "joins a sigmoid or the like with other tensors, which would take its range"
             sites.append(CallSite(node.op, name, index, reason))
     return sites
 
