@@ -684,7 +684,7 @@ def viewed_gate(x: Tensor) -> Tensor:
 def test_nothing_takes_the_range_of_a_gate_it_is_joined_with(both: Any, large: Any, in_float: int) -> None:
     torch.manual_seed(0)
     model, batch = Joins(both, large).eval(), models.images(64)
-    opened = FXPrepared(FXBackend().prepare(model, models.SIZE, Scheme()))
+    opened = FXBackend().open(FXBackend().prepare(model, models.SIZE, Scheme()))
     models.observed(opened, batch)
     with torch.no_grad():
         exact, converted = model(batch), opened.convert()(batch)
