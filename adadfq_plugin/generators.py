@@ -18,11 +18,15 @@ from torch import Tensor, nn
 
 from adadfq_plugin.teacher import Facts
 
-__all__ = ["Generator", "coloured", "natural_noise", "whitened"]
+__all__ = ["Generator", "coloured", "local_contrast", "natural_noise", "whitened"]
 
 SMALLEST_WIDTH = 16
 COLOUR = 0.9
 """Correlation of the channels of natural noise; that of photographs is about as large."""
+KNOTS = 4
+"""Places along a side between which the contrast of an image changes."""
+LOCAL, OVERALL = 0.6, 0.4
+"""How much contrast varies within an image and from image to image; as photographs' does in the first layers."""
 SCENE = 2
 """Side of the scene that natural noise is cut from, in images: a whole one would meet itself at its edges."""
 
@@ -124,23 +128,24 @@ class Generator(nn.Module):
         return z.to(device), labels.to(device)
 
 
-def _amplitudes(size: tuple[int, int], like: Tensor) -> Tensor:
-    """Amplitudes of photographs at the frequencies of a real transform; white noise of deviation 1 keeps it."""
+def _amplitudes(size: tuple[int, int], like: Tensor, fall: float) -> Tensor:
+    """Amplitudes at the frequencies of a real transform; white noise of deviation 1 keeps it."""
     down, across = torch.fft.fftfreq(size[0])[:, None], torch.fft.fftfreq(size[1])[None]
-    amplitudes = 1 / (down.square() + across.square()).sqrt().clamp_min(1 / max(size))
+    amplitudes = (down.square() + across.square()).sqrt().clamp_min(1 / max(size)) ** -fall
     half: Tensor = (amplitudes / amplitudes.square().mean().sqrt())[:, : size[1] // 2 + 1]
     return half.to(like)
 
 
-def coloured(white: Tensor) -> Tensor:
+def coloured(white: Tensor, fall: float = 1.0) -> Tensor:
     r"""White noise as noise with the spectrum of photographs, whose amplitudes fall with the frequency.
 
-    .. math:: |\hat x(f)| \propto |\hat \varepsilon(f)| / f
+    .. math:: |\hat x(f)| \propto |\hat \varepsilon(f)| / f^a
 
     The lowest frequency's holds for the mean as well.
 
     Args:
         white: (N, channels, height, width), of deviation 1.
+        fall: the exponent a, 1 for photographs; 0 leaves the noise white.
 
     Returns:
         images of the same shape, of deviation 1 over all of them.
@@ -154,22 +159,52 @@ def coloured(white: Tensor) -> Tensor:
         (1.0, True)
     """
     size = (white.shape[-2], white.shape[-1])
-    image: Tensor = torch.fft.irfft2(torch.fft.rfft2(white) * _amplitudes(size, white), s=size)
+    image: Tensor = torch.fft.irfft2(torch.fft.rfft2(white) * _amplitudes(size, white, fall), s=size)
     return image
 
 
-def whitened(images: Tensor) -> Tensor:
+def whitened(images: Tensor, fall: float = 1.0) -> Tensor:
     """What :func:`coloured` makes these images of.
 
     Args:
         images: (N, channels, height, width).
+        fall: the exponent a.
 
     Returns:
         coefficients of the same shape, alike at all frequencies for photographs.
     """
     size = (images.shape[-2], images.shape[-1])
-    white: Tensor = torch.fft.irfft2(torch.fft.rfft2(images) / _amplitudes(size, images), s=size)
+    white: Tensor = torch.fft.irfft2(torch.fft.rfft2(images) / _amplitudes(size, images, fall), s=size)
     return white
+
+
+def local_contrast(count: int, size: tuple[int, int], rng: torch.Generator) -> Tensor:
+    r"""Contrast that changes slowly over an image and from image to image, as that of photographs does.
+
+    .. math:: c = \exp(0.6\,u + 0.4\,v)
+
+    with u smooth over the image and v the same all over it, both of deviation 1; scaled to a mean square of 1.
+
+    Args:
+        count: images N.
+        size: height and width.
+        rng: source of randomness, on the CPU.
+
+    Returns:
+        factors (N, 1, height, width).
+
+    Source: Wainwright and Simoncelli, "Scale mixtures of Gaussians and the statistics of natural images", NeurIPS 1999.
+
+    Example:
+        >>> contrast = local_contrast(8, (32, 32), torch.Generator().manual_seed(0))
+        >>> contrast.shape, round(contrast.square().mean().item(), 2)
+        (torch.Size([8, 1, 32, 32]), 1.0)
+    """
+    knots = torch.randn(count, 1, KNOTS, KNOTS, generator=rng)
+    smooth = nn.functional.interpolate(knots, size, mode="bicubic", align_corners=True)
+    overall = torch.randn(count, 1, 1, 1, generator=rng)
+    contrast = torch.exp(LOCAL * smooth / smooth.std() + OVERALL * overall)
+    return contrast / contrast.square().mean().sqrt()
 
 
 def natural_noise(facts: Facts, count: int, rng: torch.Generator) -> Tensor:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +20,8 @@ from adadfq_plugin.functional import (
     normalized_information,
 )
 from adadfq_plugin.game.pace import Pace
-from adadfq_plugin.game.pool import augment
-from adadfq_plugin.generators import Generator, coloured, natural_noise, whitened
+from adadfq_plugin.game.pool import augment, moved
+from adadfq_plugin.generators import Generator, coloured, local_contrast, natural_noise, whitened
 from adadfq_plugin.priors import BNStatistics, choose_priors
 from adadfq_plugin.teacher import Teacher
 
@@ -31,6 +33,25 @@ NATURAL = 0.95
 """Default share of natural noise in G's images, where no BatchNorm tells the statistics of photographs."""
 PLAYING = 0.2
 """Learning rate at the end of the warm-up and during the game, as a share of the initial one."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way of refining a batch of images.
+
+    Args:
+        fall: exponent of the spectrum whose coefficients move: 1 of photographs, 0 for pixels.
+        uneven: whether the contrast is to change over the images.
+        view: what P is shown of the images at each step.
+    """
+
+    fall: float
+    uneven: bool
+    view: Callable[[Tensor, torch.Generator], Tensor]
+
+
+RECIPES = tuple(Recipe(*each) for each in itertools.product((1.0, 0.0), (False, True), (augment, moved)))
+"""Batches take turns: images of one kind have the faults of their kind, and Q fits these."""
 
 
 class GeneratorPlayer:
@@ -63,6 +84,7 @@ class GeneratorPlayer:
         if teacher.channels_last:
             self.generator.to(memory_format=torch.channels_last)
         self.parameters = list(self.generator.parameters())
+        self._recipes = itertools.cycle(RECIPES)
         self.optimizer = torch.optim.Adam(
             self.parameters, lr=settings.generator_learning_rate, betas=(0.5, 0.999)
         )
@@ -114,7 +136,7 @@ class GeneratorPlayer:
     ) -> tuple[Tensor, Mapping[str, float]]:
         """The images themselves go down the prior's loss and a little of the labels': a short training of G lacks it.
 
-        What moves are their coefficients in the spectrum of photographs: in pixels the high frequencies come first.
+        Each batch goes another way, see :data:`RECIPES`.
 
         Args:
             prior: the prior's loss over P's forward pass.
@@ -125,7 +147,12 @@ class GeneratorPlayer:
         Returns:
             the images, valid pixels still, and the figures of the last step.
         """
-        white = whitened(images.detach()).requires_grad_(True)
+        recipe = next(self._recipes)
+        white = whitened(images.detach(), recipe.fall).requires_grad_(True)
+        contrast = torch.ones(())
+        if recipe.uneven:
+            contrast = local_contrast(len(images), self.generator.size, self._rng)
+        contrast = contrast.to(images)
         figures: dict[str, float] = {}
         reach = self.generator.highest - self.generator.lowest
         rate = self.settings.refine_rate * reach.mean().item()
@@ -133,12 +160,14 @@ class GeneratorPlayer:
         target = self._shared(labels)
         for _ in pace:
             optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * pace.fraction))
-            pixels = coloured(white)
+            pixels = contrast * coloured(white, recipe.fall)
             valid = pixels + (self.generator.clip(pixels) - pixels).detach()  # clipped ones may come back
-            loss, figures = self._recognised(prior, self.teacher(augment(valid, self._rng)), target, LABEL)
+            loss, figures = self._recognised(
+                prior, self.teacher(recipe.view(valid, self._rng)), target, LABEL
+            )
             (white.grad,) = torch.autograd.grad(loss, white)
             optimizer.step()
-        return self.generator.clip(coloured(white.detach())), figures
+        return self.generator.clip(contrast * coloured(white.detach(), recipe.fall)), figures
 
     def _shared(self, labels: Tensor) -> Tensor:
         """Class probabilities (N, C): the label, but for a random share that goes to a random class."""
