@@ -74,10 +74,11 @@ def fill(row: Row) -> None:
     prepared, converted = walk(row, model, size, SETTINGS)
     row["stage"] = "run"
     with torch.no_grad():
-        row["compiled"] = row["backend"] == "pt2e"
-        if row["compiled"]:
+        measured: nn.Module = converted
+        if row["backend"] == "pt2e":
             row["eager_error"] = distance(logits(prepared, BATCH, size), logits(converted, BATCH, size))
-        compare(row, prepared, compiled(converted) if row["compiled"] else converted, size)
+            measured = by_inductor(row, converted, size)
+        compare(row, prepared, measured, size)
     integer = api.backends().get(row["backend"]).integer_macs(converted, torch.zeros(2, *size))
     row["integer_share"] = integer / row["multiply_adds"]
     del row["stage"]
@@ -107,6 +108,19 @@ def walk(
     return prepared, converted
 
 
+def by_inductor(row: Row, converted: fx.GraphModule, size: tuple[int, int, int]) -> nn.Module:
+    """What Inductor makes of a converted model; the model itself, and the reason in the row, where it fails."""
+    network = compiled(converted)
+    try:
+        logits(network, BATCH, size)
+    except Exception as error:
+        lines = [line for line in str(error).splitlines() if line.strip() and not line.endswith("raised:")]
+        row["compile_error"] = f"{type(error).__name__}: {(lines or [''])[0]}"[:300]
+        return converted
+    row["compiled"] = True
+    return network
+
+
 @torch.no_grad()
 def finite(model: nn.Module, images: Tensor) -> bool:
     """Whether the model gives numbers for the images."""
@@ -132,7 +146,6 @@ def compare(row: Row, prepared: fx.GraphModule, converted: nn.Module, size: tupl
     a millionth. Answers that this changes are no more stable than single precision is.
     """
     pairs: list[tuple[Tensor, Tensor]] = []
-    logits(converted, BATCH, size)  # compiles what is compiled
     start = time.monotonic()
     for images in batches(MOST, size):
         pairs.append((first(prepared(images)), first(converted(images))))

@@ -32,6 +32,8 @@ def remark(row: Row) -> str:
         return "not finite as initialised"
     if "images" not in row:
         return "run as initialised only"
+    if "compile_error" in row:
+        return f"not compiled: {row['compile_error']}"
     if row["agreement"] >= AGREES:
         return ""
     nudged = f"step sizes changed by a millionth: {row['nudged_agreement']:.0%}, {row['nudged_error']:.2f}"

@@ -622,10 +622,19 @@ print(*(counters["inductor"][f"{kind}_weight_prepack_matcher_count"] for kind in
 """
 
 
-def test_compiled_models_call_integer_kernels(tmp_path: Path) -> None:
+def maxima() -> nn.Sequential:
+    """A maximum whose last windows lie half beyond the border."""
+    torch.manual_seed(0)
+    pooling = nn.MaxPool2d(3, 2, ceil_mode=True)
+    layers = nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), pooling, nn.Conv2d(8, 8, 3), nn.ReLU()
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)).eval()
+
+
+@pytest.mark.parametrize("network", [plain, maxima])
+def test_compiled_models_call_integer_kernels(network: Callable[[], nn.Module], tmp_path: Path) -> None:
     if platform.machine() not in ("x86_64", "AMD64") or shutil.which("g++") is None:
         pytest.skip("torchao's Inductor passes are for x86, and Inductor needs a compiler")
-    result = adadfq_plugin.quantize(plain(), backend="pt2e", input_size=16, **TOLD)
+    result = adadfq_plugin.quantize(network(), backend="pt2e", input_size=16, **TOLD)
     assert result.quantized is not None
     files = [str(tmp_path / name) for name in ("model.pt2", "batch.pt")]
     PT2EBackend().save(result.quantized, torch.zeros(2, *models.SIZE), Path(files[0]))
@@ -642,7 +651,7 @@ def test_compiled_models_call_integer_kernels(tmp_path: Path) -> None:
     command = [sys.executable, "-c", COMPILE, str(Path(__file__).parent), *files]
     error, layers = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
     assert layers == "2 1"
-    assert float(error) <= 0.02
+    assert float(error) <= 0.005
 
 
 def test_the_graph_of_a_copy_is_the_graph() -> None:

@@ -21,7 +21,13 @@ except ImportError as error:
 
 from adadfq_plugin.backends.pt2e.fake_quantize import LearnedFakeQuantize, belongs_to
 from adadfq_plugin.backends.pt2e.folding import absorb_eps
-from adadfq_plugin.backends.pt2e.graphs import is_exported, plain_copy, use_eval_mode, use_no_mutation
+from adadfq_plugin.backends.pt2e.graphs import (
+    is_exported,
+    plain_copy,
+    use_eval_mode,
+    use_explicit_padding,
+    use_no_mutation,
+)
 from adadfq_plugin.backends.pt2e.macs import integer_macs
 from adadfq_plugin.backends.pt2e.prepared import ATTRIBUTES, IN_FLOAT, SIZE, PT2EPrepared, input_size
 from adadfq_plugin.backends.pt2e.quantizer import SchemeQuantizer
@@ -102,6 +108,7 @@ class PT2EBackend:
             graph = plain_copy(_export(private, example))
             use_eval_mode(graph)
             use_no_mutation(graph.graph)
+            use_explicit_padding(graph.graph)
             absorb_eps(graph)
             _check(private, graph, example)
             notes, toolkit = dict(graph.meta), "torchao"

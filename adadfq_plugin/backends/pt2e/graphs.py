@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ __all__ = [
     "tensor_at",
     "tidy",
     "use_eval_mode",
+    "use_explicit_padding",
     "use_no_mutation",
     "value_of",
 ]
@@ -162,6 +164,46 @@ def _is_view(node: Node) -> bool:
 def _source(view: Node) -> Node:
     assert isinstance(view.args[0], Node)
     return view.args[0]
+
+
+def use_explicit_padding(graph: Graph) -> None:
+    """Maxima over whole windows alone: what ``ceil_mode`` adds at the end becomes padding with minus infinity.
+
+    Inductor's integer form of a maximum forgets ``ceil_mode`` (torch 2.14), and gives a smaller tensor without a word.
+    """
+    for node in list(graph.nodes):
+        if node.target is not aten.max_pool2d.default or not (len(node.args) > 5 and node.args[5]):
+            continue
+        image, kernel = node.args[0], node.args[1]
+        strides, padding, dilation = (_pair(each) for each in node.args[2:5])
+        strides = strides or _pair(kernel)
+        missing = [
+            (outside - 1) * stride + spread * (size - 1) + 1 - inside - 2 * around
+            for outside, stride, spread, size, inside, around in zip(
+                node.meta["val"].shape[-2:],
+                strides,
+                dilation,
+                _pair(kernel),
+                image.meta["val"].shape[-2:],
+                padding,
+                strict=True,
+            )
+        ]
+        down, right = (max(0, int(each)) for each in missing)
+        if down or right:
+            with graph.inserting_before(node):
+                padded = graph.call_function(
+                    aten.pad.default, (image, [0, right, 0, down], "constant", -math.inf)
+                )
+            padded.meta = {**image.meta, "val": aten.pad.default(image.meta["val"], *padded.args[1:])}
+            node.update_arg(0, padded)
+        node.update_arg(5, False)
+
+
+def _pair(value: Any) -> list[int]:
+    """Two numbers where one may stand for both; nothing where there are none."""
+    numbers = [value] if isinstance(value, int) else list(value)
+    return numbers * 2 if len(numbers) == 1 else numbers
 
 
 def use_no_mutation(graph: Graph) -> None:
