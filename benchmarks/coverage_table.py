@@ -69,6 +69,7 @@ def write_table(rows: dict[str, Row], path: Path) -> None:
         )
         lines.append(f"| `{backend}` | " + " | ".join(map(str, counts)) + " |")
     of_pt2e = [row for row in done if row["backend"] == "pt2e" and "agreement" in row]
+    compiled = [row.get("compiled", False) for row in of_pt2e]
     exact = sum(row.get("eager_error", row["relative_error"]) == 0 for row in of_pt2e)
     taken = [each for each in auto if each]
     missing = {
@@ -87,8 +88,8 @@ def write_table(rows: dict[str, Row], path: Path) -> None:
         "",
         "`auto` was not run: it follows from both rows, and takes `pt2e` where `fx` refuses to prepare.",
         f"{exact} of {len(of_pt2e)} converted models of `pt2e` give the fake-quantized one's logits bit for bit when",
-        "they are run eagerly, which computes in float what they have quantized. Rows that say *compiled* are of what",
-        "Inductor makes of them, with its integer kernels; those of `pt2e` that don't are of the eager model.",
+        f"they are run eagerly, which computes in float what they have quantized. The {sum(compiled)} rows that say",
+        "*compiled* are of what Inductor makes of them, with its integer kernels; the others of the eager model.",
         "",
         "- Integer: share of the multiply-adds of convolutions, linear layers and matrix products that integer modules",
         "  do (`fx`), or whose operands are both dequantized, so that Inductor finds an integer kernel (`pt2e`).",
