@@ -461,7 +461,9 @@ def test_ctrl_c(given: Given, tmp_path: Path) -> None:
     words = [
         str(word) for word in ("quantize", *given.words, "--warmup-steps", 10**6, "-o", tmp_path / "out")
     ]
-    code = "import sys\nfrom adadfq_plugin.cli import main\nmain(sys.argv[1:])"
+    # a shell's job in the background ignores the signal, and so do its children
+    heard = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code = f"{heard}import sys\nfrom adadfq_plugin.cli import main\nmain(sys.argv[1:])"
     with subprocess.Popen([sys.executable, "-c", code, *words], stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         first = process.stderr.readline()  # the first phase is over, the long one runs
