@@ -31,19 +31,23 @@ NOTES = "adadfq_notes"
 """Key of a prepared model's ``meta`` for sentences about how it was prepared."""
 
 
+def _asked_of(protocol: Any) -> str:
+    """The names that a protocol asks for: its attributes, then its methods."""
+    methods = [name for name in vars(protocol) if not name.startswith("_")]
+    return ", ".join([*protocol.__annotations__, *methods])
+
+
 def _method(value: object) -> Method:
     made = value() if isinstance(value, type) else value
     if not isinstance(made, Method):
-        raise TypeError(f"{value!r} has not all of name, summary, settings, presets, calibrate")
+        raise TypeError(f"{value!r} has not all of {_asked_of(Method)}")
     return made
 
 
 def _backend(value: object) -> Backend:
     made = value() if isinstance(value, type) else value
     if not isinstance(made, Backend):
-        raise TypeError(
-            f"{value!r} has not all of name, summary, suffix, recognises, prepare, open, save, load"
-        )
+        raise TypeError(f"{value!r} has not all of {_asked_of(Backend)}")
     return made
 
 

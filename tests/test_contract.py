@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import adadfq_plugin
-from adadfq_plugin import api
+from adadfq_plugin import api, choice
 from adadfq_plugin.config import Scheme
 from adadfq_plugin.contracts import Backend, Phase, Prepared
 from adadfq_plugin.errors import DataError, ModelError
@@ -90,6 +90,17 @@ def test_they_are_backends(backend: Backend) -> None:
     others = [api.backends().get(name) for name in api.backends().names() if name != backend.name]
     assert not any(other.recognises(model) for other in others)
     assert not backend.recognises(models.trained())
+
+
+@pytest.mark.parametrize("name", ["suffix", "integer_macs", "load"])
+def test_what_lacks_a_part_is_refused_by_name(name: str) -> None:
+    """Also what was added to the protocol since the other was written."""
+    methods = [each for each in vars(Backend) if not each.startswith("_")]
+    parts: dict[str, Any] = dict.fromkeys([*Backend.__annotations__, *methods], print)
+    whole = type("Whole", (), parts)
+    assert isinstance(choice._backend(whole), Backend)
+    with pytest.raises(TypeError, match=rf"has not all of name, .*\b{name}\b"):
+        choice._backend(type("Part", (), {each: value for each, value in parts.items() if each != name}))
 
 
 @pytest.mark.parametrize("bits", [8, 6, 4, 3, 2])

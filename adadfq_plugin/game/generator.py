@@ -149,10 +149,12 @@ class GeneratorPlayer:
         """
         recipe = next(self._recipes)
         white = whitened(images.detach(), recipe.fall).requires_grad_(True)
-        contrast = torch.ones(())
-        if recipe.uneven:
-            contrast = local_contrast(len(images), self.generator.size, self._rng)
-        contrast = contrast.to(images)
+        shape = len(images), self.generator.size
+        contrast = local_contrast(*shape, self._rng).to(images) if recipe.uneven else 1.0
+
+        def seen() -> Tensor:
+            return contrast * coloured(white, recipe.fall)
+
         figures: dict[str, float] = {}
         reach = self.generator.highest - self.generator.lowest
         rate = self.settings.refine_rate * reach.mean().item()
@@ -160,14 +162,14 @@ class GeneratorPlayer:
         target = self._shared(labels)
         for _ in pace:
             optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * pace.fraction))
-            pixels = contrast * coloured(white, recipe.fall)
+            pixels = seen()
             valid = pixels + (self.generator.clip(pixels) - pixels).detach()  # clipped ones may come back
             loss, figures = self._recognised(
                 prior, self.teacher(recipe.view(valid, self._rng)), target, LABEL
             )
             (white.grad,) = torch.autograd.grad(loss, white)
             optimizer.step()
-        return self.generator.clip(contrast * coloured(white.detach(), recipe.fall)), figures
+        return self.generator.clip(seen().detach()), figures
 
     def _shared(self, labels: Tensor) -> Tensor:
         """Class probabilities (N, C): the label, but for a random share that goes to a random class."""
