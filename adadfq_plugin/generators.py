@@ -4,8 +4,8 @@ It starts from a small map and doubles it stage by stage while the channels are 
 costs about the same, for images of 32 as of 224 pixels. The label enters twice: beside the latent vector, and
 as scale and shift of every normalisation. (The published generator for small images multiplies the latent
 vector by an embedding of the label: as the latent is symmetric, the sign of the embedding is lost and the
-classes are learned slowly.) The last layer is normalised per channel, as the networks' own inputs are, and
-held to the values that an image of 8-bit pixels can have.
+classes are learned slowly.) The last layer is normalised per channel, given the brightness and contrast of
+photographs, and held to the values that an image of 8-bit pixels can have.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Generator(nn.Module):
     def __init__(self, facts: Facts, latent_dim: int, width: int) -> None:
         super().__init__()
         channels, height, side = facts.input_size
-        self.size = (height, side)
+        self.facts, self.size = facts, (height, side)
         self.latent_dim, self.num_classes = latent_dim, facts.num_classes
         _, stages = _start(max(height, side))
         start = (-(-height // 2**stages), -(-side // 2**stages))
@@ -114,7 +114,7 @@ class Generator(nn.Module):
             x = conv(nn.functional.interpolate(x, scale_factor=2.0, mode="nearest"))
             x = nn.functional.leaky_relu(norm(x, labels), 0.2)
         x = self.standardize(self.to_image(x))[..., : self.size[0], : self.size[1]]
-        return self.clip(x)
+        return self.clip(self.facts.from_standard(x))
 
     def clip(self, images: Tensor) -> Tensor:
         """Images held to the values of valid pixels."""
@@ -210,8 +210,7 @@ def local_contrast(count: int, size: tuple[int, int], rng: torch.Generator) -> T
 def natural_noise(facts: Facts, count: int, rng: torch.Generator) -> Tensor:
     """Noise with the spectrum of photographs (:func:`coloured`).
 
-    Each image is cut from a larger scene, so that some are bright and some dark. Colours are nearly alike, mean and
-    deviation those of the network's normalised images.
+    Each image is cut from a larger scene, so that some are bright and some dark. Colours are nearly alike.
 
     Args:
         facts: size of an image.
@@ -219,7 +218,7 @@ def natural_noise(facts: Facts, count: int, rng: torch.Generator) -> Tensor:
         rng: source of randomness, on the CPU.
 
     Returns:
-        images (N, channels, height, width) on the CPU, beyond the values of valid pixels here and there.
+        images (N, channels, height, width) on the CPU, of mean 0 and deviation 1; see :meth:`Facts.from_standard`.
 
     Example:
         >>> noise = natural_noise(Facts((3, 32, 32), num_classes=10), 64, torch.Generator().manual_seed(0))

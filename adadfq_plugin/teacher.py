@@ -51,6 +51,9 @@ class Facts:
         >>> facts = Facts((1, 8, 8), 10, mean=(0.5,), std=(0.25,))
         >>> facts.normalize(torch.ones(1, 1, 1, 1)).item()
         2.0
+        >>> bright = facts.from_standard(torch.ones(1, 1, 1, 1))
+        >>> round(facts.denormalize(bright).item(), 3), facts.to_standard(bright).item()
+        (0.675, 1.0)
     """
 
     input_size: tuple[int, int, int]
@@ -81,10 +84,31 @@ class Facts:
         mean, std = self._constants(images)
         return images * std + mean
 
+    def from_standard(self, images: Tensor) -> Tensor:
+        """Images of mean 0 and deviation 1 as the network's input, with the brightness and contrast of photographs.
+
+        Networks are told pixels from 0 to 1, from -1 to 1, or in units of ImageNet's channels; the last are these.
+        """
+        centre, spread = self._photographs(images)
+        return images * spread + centre
+
+    def to_standard(self, images: Tensor) -> Tensor:
+        """What :meth:`from_standard` makes these images of."""
+        centre, spread = self._photographs(images)
+        return (images - centre) / spread
+
     def _constants(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        mean = torch.tensor(self.mean, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)
-        std = torch.tensor(self.std, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)
-        return mean, std
+        return _per_channel(self.mean, like), _per_channel(self.std, like)
+
+    def _photographs(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        mean, std = self._constants(like)
+        colours = (_per_channel(IMAGENET_MEAN, like), _per_channel(IMAGENET_STD, like))
+        usual_mean, usual_std = colours if self.input_size[0] == 3 else (each.mean() for each in colours)
+        return (usual_mean - mean) / std, usual_std / std
+
+
+def _per_channel(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)
 
 
 @dataclass(frozen=True)

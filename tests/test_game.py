@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from adadfq_plugin.backends.fx import FXPrepared
 from adadfq_plugin.config import AdaDFQSettings, GeneratorSettings, Settings
@@ -84,8 +84,45 @@ def test_images_lean_on_natural_noise_where_no_batch_norm_tells_their_statistics
     assert images.requires_grad
     rng = torch.Generator().manual_seed(0)
     own = made.generator(*made.generator.sample(64, rng))
-    noise = natural_noise(made.teacher.facts, 64, rng)
-    assert torch.allclose(images, made.generator.clip(0.6 * noise + 0.8 * own), atol=1e-6)
+    facts = made.teacher.facts
+    blend = 0.6 * natural_noise(facts, 64, rng) + 0.8 * facts.to_standard(own)
+    assert torch.allclose(images, made.generator.clip(facts.from_standard(blend)), atol=1e-6)
+
+
+class _Told(nn.Module):
+    """A network that is told pixels in other units, and brings them into its own."""
+
+    def __init__(self, model: nn.Module, own: Facts, told: Facts) -> None:
+        super().__init__()
+        self.model, self.own, self.told = model, own, told
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.model(self.own.normalize(self.told.denormalize(x)))
+        return logits
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.5, 0.5), (0.0, 1 / 255)])
+@pytest.mark.parametrize("natural", [0.0, 0.9])
+def test_the_pixels_do_not_depend_on_the_units_that_a_network_is_told_them_in(
+    mean: float, std: float, natural: float
+) -> None:
+    own = find_facts(models.trained(), input_size=models.SIZE)
+    told = Facts(own.input_size, own.num_classes, (mean,) * 3, (std,) * 3)
+    settings = GeneratorSettings(latent_dim=8, generator_width=16, natural=natural)
+    made = []
+    for model, facts in ((models.trained(), own), (_Told(models.trained(), own, told), told)):
+        torch.manual_seed(0)
+        rng = torch.Generator().manual_seed(0)
+        player = GeneratorPlayer(make_teacher(model, facts), settings, 16, rng, torch.device("cpu"))
+        with player.watching() as prior:
+            for _ in Pace(3):
+                player.warm_up(prior, Pace(3))
+            images, labels = player.sample()
+            each = [images, *(player.refine(prior, images, labels, Pace(3))[0] for _ in range(4))]
+        made.append(torch.stack([facts.denormalize(kind) for kind in each]))
+    assert (made[1] - made[0]).abs().mean() < 1e-3  # Adam turns rounding errors of small gradients into steps
+    clipped = (made[1] < 1e-4) | (made[1] > 1 - 1e-4)
+    assert clipped[0].float().mean() < 0.1
 
 
 @given(st.integers(1, 20), st.lists(st.integers(1, 9), min_size=1, max_size=8))

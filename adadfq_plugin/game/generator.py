@@ -100,9 +100,11 @@ class GeneratorPlayer:
         z, labels = self.generator.sample(self.batch_size, self._rng)
         images = self.generator(z, labels)
         if self.natural:
-            noise = natural_noise(self.teacher.facts, self.batch_size, self._rng).to(images)
+            facts = self.teacher.facts
+            noise = natural_noise(facts, self.batch_size, self._rng).to(images)
             share = math.sqrt(1 - self.natural**2)  # the deviation stays 1
-            images = self.generator.clip(self.natural * noise + share * images)
+            blend = self.natural * noise + share * facts.to_standard(images)
+            images = self.generator.clip(facts.from_standard(blend))
         return images, labels
 
     @torch.no_grad()
@@ -147,16 +149,16 @@ class GeneratorPlayer:
         Returns:
             the images, valid pixels still, and the figures of the last step.
         """
-        recipe = next(self._recipes)
-        white = whitened(images.detach(), recipe.fall).requires_grad_(True)
+        recipe, facts = next(self._recipes), self.teacher.facts
+        white = whitened(facts.to_standard(images.detach()), recipe.fall).requires_grad_(True)
         shape = len(images), self.generator.size
         contrast = local_contrast(*shape, self._rng).to(images) if recipe.uneven else 1.0
 
         def seen() -> Tensor:
-            return contrast * coloured(white, recipe.fall)
+            return facts.from_standard(contrast * coloured(white, recipe.fall))
 
         figures: dict[str, float] = {}
-        reach = self.generator.highest - self.generator.lowest
+        reach = facts.to_standard(self.generator.highest) - facts.to_standard(self.generator.lowest)
         rate = self.settings.refine_rate * reach.mean().item()
         optimizer = torch.optim.Adam([white], lr=rate, betas=(0.5, 0.999))
         target = self._shared(labels)
