@@ -26,7 +26,8 @@ from torch.ao.quantization.quantize_fx import convert_fx, prepare_qat_fx
 import adadfq_plugin
 from adadfq_plugin.backends.fx import FXBackend
 from adadfq_plugin.backends.fx.traceable import INPUT_SIZE, traceable
-from adadfq_plugin.backends.fx.unquantizable import _Trial, leave_in_float, unquantizable
+from adadfq_plugin.backends.fx.trial import _Trial
+from adadfq_plugin.backends.fx.unquantizable import leave_in_float, unquantizable
 from adadfq_plugin.config import Scheme
 from adadfq_plugin.contracts import Phase
 from adadfq_plugin.errors import UntraceableError

@@ -22,7 +22,8 @@ from adadfq_plugin.backends.fx.prepared import ENGINE, IN_FLOAT, FXPrepared
 from adadfq_plugin.backends.fx.qconfig import qconfig_mapping
 from adadfq_plugin.backends.fx.streams import REASON, normed_streams
 from adadfq_plugin.backends.fx.traceable import traceable
-from adadfq_plugin.backends.fx.unquantizable import CallSite, leave_in_float
+from adadfq_plugin.backends.fx.trial import CallSite
+from adadfq_plugin.backends.fx.unquantizable import leave_in_float
 from adadfq_plugin.config import Scheme
 from adadfq_plugin.errors import DataError, ModelError, SettingsError, first_line
 

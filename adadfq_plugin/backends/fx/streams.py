@@ -6,7 +6,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from adadfq_plugin.backends.fx.unquantizable import CallSite, numbered
+from adadfq_plugin.backends.fx.trial import CallSite, numbered
 from adadfq_plugin.streams import normed_sums, readers
 
 __all__ = ["REASON", "normed_streams"]
