@@ -126,6 +126,8 @@ class TestTwins:
         q.append(rng.normal(size=(2, 2)))
         ours = functional.feature_loss([t(a) for a in p], [t(a) for a in q]).item()
         assert ours == approx(twins.feature_loss(p, q))
+        constant = torch.full((3, 1001), 0.1)  # the mean of which is rounded
+        assert functional.feature_loss([constant], [torch.zeros(3, 1001)]).item() == 0
 
     def test_total_variation(self, rng: np.random.Generator) -> None:
         images = rng.normal(size=(2, 3, 5, 4))
