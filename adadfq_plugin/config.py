@@ -51,7 +51,7 @@ class Settings(_Frozen):
         "as many); unset: 1024 up to 64 pixels, else 64",
     )
     batch_size: Positive | None = Field(
-        None, description="images in a training step of Q; unset: 64 up to 64 pixels, else 16"
+        None, description="images in a training step of Q; unset: 32 up to 64 pixels, else 8"
     )
     steps: Annotated[int, Field(ge=0)] | None = Field(
         None,
@@ -105,7 +105,8 @@ class GeneratorSettings(Settings):
     generator_learning_rate: Rate = Field(1e-3, description="learning rate of the generator (Adam)")
     generator_batch_size: Positive | None = Field(
         None,
-        description="images in a step of the generator; unset: as batch_size, 10 at most beyond 64 pixels",
+        description="images in a step of the generator; unset: 64 up to 64 pixels, else 10, and no more than a "
+        "batch_size that is set",
     )
     warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
         None, description="steps of the generator before Q joins; unset: from the bits and the network's cost"
@@ -147,7 +148,7 @@ class AdaDFQSettings(GeneratorSettings):
     beta: NonNegative = Field(1.0, description="weight of the balance loss")
     lambda_l: Fraction = Field(0.1, description="lower boundary of the normalised information")
     lambda_u: Fraction = Field(0.8, description="upper boundary of the normalised information")
-    generator_interval: Positive = Field(25, description="steps of Q for each step of the generator")
+    generator_interval: Positive = Field(50, description="steps of Q for each step of the generator")
     replay: bool = Field(True, description="Q learns from a pool of kept samples, not from the newest alone")
 
     def model_post_init(self, context: Any) -> None:

@@ -13,17 +13,20 @@ from adadfq_plugin.teacher import Teacher
 
 __all__ = ["Pace", "Plan", "make_plan"]
 
-STEPS = {2: 1500, 3: 1500, 4: 800, 5: 500, 6: 250, 7: 120, 8: 80}
+BATCH, LARGE_BATCH = 32, 8
+"""Images in a step of Q, up to 64 pixels and beyond: twice the steps of half the images teach more."""
+GENERATED, LARGE_GENERATED = 64, 10
+"""Images in a step of G, whose statistics are to be the network's; with 12 large ones, the whole command took
+EfficientNet-Lite0 beyond 3 GiB."""
+STEPS = {2: 3000, 3: 3000, 4: 1600, 5: 1000, 6: 500, 7: 240, 8: 160}
 """Training steps of Q by the narrowest width, for networks that are cheap to run."""
 WARMUP = {2: 300, 3: 300, 4: 300, 5: 240, 6: 200, 7: 160, 8: 120}
 """Steps of the generator before Q joins, likewise."""
-CHEAP = 4e9
-"""Multiply-adds of a batch's forward pass up to which a step counts as cheap."""
+CHEAP = 2e9
+"""Multiply-adds of a batch's forward pass up to which a step of Q counts as cheap."""
 REFINE = {2: 60, 3: 60, 4: 60, 5: 50, 6: 40, 7: 30, 8: 30}
 """Steps of each kept batch of images themselves."""
-LARGE_BATCH = 10
-"""Large images in a step of the generator: with 12, the whole command took EfficientNet-Lite0 beyond 3 GiB."""
-LEAST_STEPS, LEAST_WARMUP = 60, 40
+LEAST_STEPS, LEAST_WARMUP = 120, 40
 MOST = 3
 """Longest phases under a time limit, in lengths of a cheap network's: more steps have not helped."""
 SHARE = {"warmup": 0.15, "samples": 0.35, "game": 0.45}
@@ -82,11 +85,12 @@ def make_plan(settings: Settings, teacher: Teacher, bits: int, minutes: float | 
     """
     bits = min(max(bits, 2), 8)
     small = not teacher.facts.large
-    batch = settings.batch_size or (64 if small else 16)
-    generator_batch, warmup, refine, most = batch, 0, 0, {"game": MOST * STEPS[bits]}
+    batch = settings.batch_size or (BATCH if small else LARGE_BATCH)
+    generator_batch, warmup, refine, most = 0, 0, 0, {"game": MOST * STEPS[bits]}
     slow = max(1.0, batch * teacher.macs / CHEAP)
     if isinstance(settings, GeneratorSettings):
-        generator_batch = settings.generator_batch_size or (batch if small else min(batch, LARGE_BATCH))
+        usual = GENERATED if small else LARGE_GENERATED
+        generator_batch = settings.generator_batch_size or min(settings.batch_size or usual, usual)
         statistics = bool(batch_norms(teacher.model))  # without, images start from natural noise
         enough, refine = WARMUP[bits] / (1 if statistics else 4), REFINE[bits] // (1 if statistics else 2)
         warmup = max(LEAST_WARMUP, round(enough / slow))
