@@ -45,6 +45,10 @@ __all__ = [
 ]
 
 
+NOT_THE_TEACHER = 0.01
+"""Largest difference of logits, relative to the largest one, between a network and its prepared copy."""
+
+
 @dataclass
 class Result:
     """What a run did, and how sure one may be of it.
@@ -168,7 +172,7 @@ def calibrate(
         minutes: time limit; None: a fixed number of steps, repeatable bit for bit.
         seed: source of all randomness; the global random state is left alone.
         device: where to run; None: where ``prepared`` is.
-        backend: name of the toolkit; None: the one that recognises the model.
+        backend: name of the toolkit; None or ``auto``: the one that recognises the model.
         progress: called after every step.
 
     Raises:
@@ -204,6 +208,8 @@ def calibrate(
     if frozen.channels_last:
         opened.module.to(memory_format=torch.channels_last)
     opened.module.to(where)
+    if teacher is not None:
+        told += _not_the_teacher(frozen, opened, where)
     with fork_rng(seed, where):
         task = Task(frozen, opened, made, seed, where, progress or _silent, minutes)
         outcome = chosen.calibrate(task)
@@ -235,6 +241,28 @@ def _device(device: torch.device | str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise SettingsError(f"device {str(device)!r} can't be used: {first_line(error)}") from error
     return where
+
+
+def _not_the_teacher(teacher: Teacher, prepared: Prepared, device: torch.device) -> list[str]:
+    """A warning where what was prepared, before it is quantized, computes something else than the teacher."""
+    size = teacher.facts.input_size
+    noise = torch.randn(4, *size, generator=torch.Generator().manual_seed(0))
+    images = teacher.facts.from_standard(noise).to(device)
+    twin = prepared.reference()  # the toolkit's own observers can't be told not to observe
+    with torch.no_grad(), twin.phase(Phase.FLOAT):
+        expected, found = teacher(images), twin.module(images)
+    error = float(
+        (found - expected).abs().max() / expected.abs().max().clamp_min(torch.finfo(torch.float).tiny)
+    )
+    if error <= NOT_THE_TEACHER:
+        return []
+    line = (
+        f"the prepared model is not the teacher: before anything is quantized its logits differ by {error:.1%}. "
+        "It was trained since, or copied from another network, or torchao has given its BatchNorm layers another "
+        "epsilon (1e-5 in quantization-aware layers)"
+    )
+    warnings.warn(f"adadfq_plugin: {line}", UserWarning, stacklevel=3)
+    return [line]
 
 
 def _figures(teacher: Teacher, prepared: Prepared, outcome: Outcome, device: torch.device) -> dict[str, Any]:

@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 AUTO = "auto"
-"""The backend that takes the model: the first of ``PREFERRED``, then of any others."""
+"""The backend that takes the model: of a float one the first of ``PREFERRED``, then of any others."""
 PREFERRED = ("fx", "pt2e")
 NOTES = "adadfq_notes"
 """Key of a prepared model's ``meta`` for sentences about how it was prepared."""
@@ -106,8 +106,8 @@ def scheme_of(scheme: Scheme | Mapping[str, Any] | None) -> Scheme:
 
 
 def backend_of(model: nn.Module, name: str | None) -> Backend:
-    """The backend of that name; None: the one that recognises the model."""
-    if name is not None:
+    """The backend of that name; None or ``auto``: the one that recognises the model."""
+    if name not in (None, AUTO):
         return _BACKENDS.get(name)
     for candidate in _BACKENDS.names():
         with suppress(BrokenPluginError):  # without torchao there is no model of torchao

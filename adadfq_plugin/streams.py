@@ -15,23 +15,24 @@ __all__ = ["normed_sums", "readers"]
 Test = Callable[[Node], bool]
 
 
-def normed_sums(graph: Graph, *, is_sum: Test, is_norm: Test, is_reshape: Test) -> set[Node]:
+def normed_sums(graph: Graph, *, is_sum: Test, is_norm: Test, moves: Test) -> set[Node]:
     """The sums that a LayerNorm reads, directly or after further sums.
 
     Args:
         graph: its nodes in the order in which they run.
-        is_sum: whether a node adds or scales.
+        is_sum: whether a node adds or scales, or rounds for another reason what it only passes on.
         is_norm: whether it normalises each token by itself.
-        is_reshape: whether its values are those of its input, in another shape.
+        moves: whether its values are those of its inputs, or some of them, in another shape or order. A class token
+            is joined with the patches and cut off again between two sums of one stream.
     """
     found: set[Node] = set()
     for node in reversed(graph.nodes):
-        if is_sum(node) and any(is_norm(each) or each in found for each in readers(node, is_reshape)):
+        if is_sum(node) and any(is_norm(each) or each in found for each in readers(node, moves)):
             found.add(node)
     return found
 
 
-def readers(node: Node, is_reshape: Test) -> Iterator[Node]:
-    """What reads a tensor, in whatever shape."""
+def readers(node: Node, moves: Test) -> Iterator[Node]:
+    """What reads a tensor's values, wherever they were moved before."""
     for user in node.users:
-        yield from readers(user, is_reshape) if is_reshape(user) else (user,)
+        yield from readers(user, moves) if moves(user) else (user,)

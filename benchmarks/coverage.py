@@ -1,8 +1,9 @@
 """Which timm families go through the whole quantization path of a backend: the table docs/coverage.md.
 
 Each family's smallest architecture, with random weights, in a process of its own: ``adadfq_plugin.prepare``,
-``adadfq_plugin.calibrate`` on noise with three training steps, the toolkit's convert, and the converted model against
-the fake-quantized one. Once as timm initialises it, and once settled (see networks.py), which is what is measured.
+``adadfq_plugin.calibrate`` on random images with three training steps, the toolkit's convert, and the converted model
+against the fake-quantized one. Once as timm initialises it, and once settled (see networks.py), which is what is
+measured.
 
     python benchmarks/coverage.py                 # all families; goes on where an earlier run has stopped
     python benchmarks/coverage.py resnet xcit     # these, again
@@ -39,8 +40,8 @@ from adadfq_plugin.teacher import multiply_adds
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = ROOT / "benchmarks" / "coverage.json"
 ALL_ROWS = ROOT / "benchmarks" / "coverage-all.json"
-# random weights have no statistics to imitate: noise, and a few real steps of training
-SETTINGS = {"samples": 8, "batch_size": 2, "range_samples": 8, "steps": 3}
+# random weights have no statistics to imitate: random images, and a few real steps of training
+SETTINGS = {"samples": 16, "batch_size": 2, "range_samples": 16, "steps": 3}
 QUICK = {"samples": 2, "batch_size": 2, "range_samples": 2, "steps": 1, "ranges": "minmax"}
 BATCH = 16
 """Images of the comparison in a batch."""
@@ -97,7 +98,7 @@ def walk(
     prepared: Any = adadfq_plugin.prepare(model, size, scheme=scheme, backend=row["backend"])
     row |= {"stage": "calibrate", "traced": True}
     seconds["prepare"] = round(time.monotonic() - start, 1)
-    adadfq_plugin.calibrate(prepared, method="noise", settings=settings, input_size=size)
+    adadfq_plugin.calibrate(prepared, method="random_images", settings=settings, input_size=size)
     row["stage"] = "convert"
     seconds["calibrate"] = round(time.monotonic() - start - seconds["prepare"], 1)
     if row["backend"] == "fx":
@@ -158,8 +159,13 @@ def compare(row: Row, prepared: fx.GraphModule, converted: nn.Module, size: tupl
     row["agreement"] = agreement(expected, actual)
     row["relative_error"] = distance(expected, actual)
     quantizers = [each for each in prepared.modules() if hasattr(each, "fake_quant_enabled")]
+    activations = [each for each in quantizers if not getattr(each, "per_channel", False)]
     with switched(quantizers, observe=False, quantize=False):
-        row["quantization_error"] = distance(logits(prepared, BATCH, size), expected[:BATCH])
+        unquantized = logits(prepared, LEAST, size)
+    with switched(activations, observe=False, quantize=False):
+        row["weight_error"] = distance(unquantized[:BATCH], logits(prepared, BATCH, size))
+    row["quantization_error"] = distance(unquantized, expected[:LEAST])
+    row["float_agreement"] = agreement(unquantized, expected[:LEAST])
     if row["agreement"] >= AGREES:
         return
     generator = torch.Generator().manual_seed(3)

@@ -42,6 +42,11 @@ def remark(row: Row) -> str:
     return f"more than rounding, cause not found ({nudged})"
 
 
+def _eager_error(row: Row) -> float:
+    """Distance of the converted model's logits, run eagerly, from the fake-quantized ones."""
+    return float(row.get("eager_error", row["relative_error"]))
+
+
 def write_table(rows: dict[str, Row], path: Path) -> None:
     """Write the Markdown table."""
     done = [row for row in rows.values() if "passed" in row]
@@ -55,30 +60,33 @@ def write_table(rows: dict[str, Row], path: Path) -> None:
     lines = [
         f"# timm {'architectures' if kind == 'model' else 'families'} through quantization",
         "",
-        "| backend | run | go the whole way | measured | agree on at least 98 % |",
-        "|---|---|---|---|---|",
+        "| backend | run | go the whole way | measured | agree on at least 98 %, integers | exact, run eagerly |",
+        "|---|---|---|---|---|---|",
     ]
     for backend in BACKENDS:
         own = [row for row in done if row["backend"] == backend]
         measured = [row for row in own if "agreement" in row]
+        integer = [row for row in measured if backend == "fx" or row.get("compiled")]
+        eager = [row for row in measured if backend != "fx"]
         counts = (
-            len(own),
-            sum(row["passed"] for row in own),
-            len(measured),
-            sum(row["agreement"] >= AGREES for row in measured),
+            str(len(own)),
+            str(sum(row["passed"] for row in own)),
+            str(len(measured)),
+            f"{sum(row['agreement'] >= AGREES for row in integer)} of {len(integer)}",
+            f"{sum(_eager_error(row) == 0 for row in eager)} of {len(eager)}" if eager else "",
         )
-        lines.append(f"| `{backend}` | " + " | ".join(map(str, counts)) + " |")
+        lines.append(f"| `{backend}` | " + " | ".join(counts) + " |")
     of_pt2e = [row for row in done if row["backend"] == "pt2e" and "agreement" in row]
     compiled = [row.get("compiled", False) for row in of_pt2e]
-    exact = sum(row.get("eager_error", row["relative_error"]) == 0 for row in of_pt2e)
+    exact = sum(_eager_error(row) == 0 for row in of_pt2e)
     taken = [each for each in auto if each]
     missing = {
         backend: [name for name, rows_of in by_name.items() if backend not in rows_of] for backend in BACKENDS
     }
-    lines.append(f"| `auto` | {total} | {len(taken)} ({taken.count('pt2e')} by `pt2e`) | | |")
+    lines.append(f"| `auto` | {total} | {len(taken)} ({taken.count('pt2e')} by `pt2e`) | | | |")
     lines += [
         "",
-        "The way, at W8A8: `adadfq_plugin.prepare`, `adadfq_plugin.calibrate` (noise, three training steps),",
+        "The way, at W8A8: `adadfq_plugin.prepare`, `adadfq_plugin.calibrate` (random images, three training steps),",
         "`convert_fx` or `convert_pt2e`, and a run of the converted model that gives finite logits.",
         "One architecture for each family, the one with the fewest parameters, with images as small as it takes.",
         "Its weights are random: once as timm initialises them (zero gammas and untouched statistics included), and",
@@ -96,7 +104,9 @@ def write_table(rows: dict[str, Row], path: Path) -> None:
         f"- Agreement: top-1 of the converted model against the fake-quantized one, on {LEAST} to {MOST} random images",
         f"  with structure of all scales; as many as {SECONDS:.0f} s allow.",
         "- Converted: the distance of the converted logits from the fake-quantized ones, relative to what logits vary",
-        "  by from image to image. Quantized: the same of the fake-quantized logits from the unquantized ones.",
+        "  by from image to image. Quantized: the same of the fake-quantized logits from the unquantized ones; in",
+        "  brackets with the weights alone quantized. Same answer: top-1 of those two against each other. Random",
+        "  weights have no margins: their answers change where a trained network's would not.",
         f"- Where agreement is below {AGREES:.0%}, the fake-quantized model was run again with all step sizes changed",
         "  by a millionth, which is what single precision rounds off anyway; its agreement with itself and its",
         "  distance from itself stand in the last column.",
@@ -105,8 +115,9 @@ def write_table(rows: dict[str, Row], path: Path) -> None:
         "until its family is run again, so that rows are of different commits.",
         *(f"Not run under `{each}`: {', '.join(names)}." for each, names in missing.items() if names),
         "",
-        "| family | backend | model | input | way | integer | images | agreement | converted | quantized | remark |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| family | backend | model | input | way | integer | images | agreement | converted | quantized "
+        "| same answer | remark |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     columns = {
         "integer_share": ".0%",
@@ -114,10 +125,12 @@ def write_table(rows: dict[str, Row], path: Path) -> None:
         "agreement": ".1%",
         "relative_error": ".2f",
         "quantization_error": ".2f",
+        "float_agreement": ".0%",
     }
     for row in done:
         side = "x".join(map(str, row["input_size"][1:])) if "input_size" in row else ""
         figures = [format(row[key], style) if key in row else "" for key, style in columns.items()]
+        figures[-2] += f" ({row['weight_error']:.2f})" if "weight_error" in row else ""
         told = " ".join(remark(row).split()).replace("|", "\\|")
         way = "yes" if row["passed"] else f"no ({row.get('stage', 'limits')})"
         backend = row["backend"] + (", compiled" if row.get("compiled") else "")
@@ -129,6 +142,14 @@ def write_table(rows: dict[str, Row], path: Path) -> None:
 
 def shown(row: Row) -> str:
     """A row in one line of the terminal."""
-    keys = ("images", "agreement", "relative_error", "quantization_error", "integer_share")
+    keys = (
+        "images",
+        "agreement",
+        "relative_error",
+        "quantization_error",
+        "weight_error",
+        "float_agreement",
+        "integer_share",
+    )
     figures = [f"{key} {row[key]:.3g}" for key in keys if key in row]
     return ", ".join([*figures, f"{row.get('stages', {})}", remark(row)])

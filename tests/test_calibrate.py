@@ -89,6 +89,20 @@ def test_the_teacher_comes_back_as_it_was() -> None:
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in teacher.modules())
 
 
+def test_a_teacher_that_was_not_prepared_is_warned_of() -> None:
+    other = models.trained()
+    with torch.no_grad():
+        other.linear.weight.mul_(1.1)
+    with pytest.warns(UserWarning, match=r"the prepared model is not the teacher.*differ by \d+\.\d%"):
+        result = adadfq_plugin.calibrate(models.prepared(), teacher=other, settings=QUICK_G, **TOLD)
+    assert "not the teacher" in result.warnings[0]
+
+
+def test_auto_is_the_backend_that_recognises_the_model() -> None:
+    result = adadfq_plugin.calibrate(models.prepared(), backend="auto", settings=QUICK_G, **TOLD)
+    assert result.backend == "fx"
+
+
 def test_modes_and_frozen_weights_of_the_prepared_model_are_kept() -> None:
     prepared = models.prepared(8)
     prepared.train()
@@ -322,6 +336,7 @@ def test_nan_in_the_prepared_model_itself() -> None:
         adadfq_plugin.calibrate(prepared, teacher=models.trained(), settings=QUICK_G, **TOLD)
 
 
+@pytest.mark.filterwarnings("ignore:adadfq_plugin. the prepared model is not the teacher")
 def test_a_second_calibration_is_refused_and_conversion_still_works() -> None:
     prepared = models.prepared(4)
     adadfq_plugin.calibrate(prepared, settings=QUICK_G, **TOLD)

@@ -43,7 +43,9 @@ from torchao.quantization.pt2e.quantizer import (
     QuantizationSpec,
     Quantizer,
 )
+from torchao.quantization.pt2e.quantizer import arm_inductor_quantizer as arm
 from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+from torchao.quantization.pt2e.quantizer import xpu_inductor_quantizer as xpu
 
 from adadfq_plugin.backends.pt2e import LearnedFakeQuantize, PT2EBackend, SchemeQuantizer
 from adadfq_plugin.backends.pt2e import quantizer as quantizer_module
@@ -151,6 +153,21 @@ def test_the_three_lines_with_inductors_quantizer(training: bool) -> None:
     assert not result.warnings
     after = faithful(prepared, batch)
     assert (after - exact).abs().mean() <= 0.05 * exact.std()
+
+
+ARM = arm.ArmInductorQuantizer().set_global(arm.get_default_arm_inductor_quantization_config(is_qat=True))
+XPU = xpu.XPUInductorQuantizer().set_global(xpu.get_default_xpu_inductor_quantization_config())
+
+
+@pytest.mark.parametrize(("quantizer", "prepare"), [(ARM, prepare_qat_pt2e), (XPU, prepare_pt2e)])
+def test_torchaos_quantizers_for_other_processors(quantizer: Quantizer, prepare: Any) -> None:
+    model, batch = plain(), models.images(64)
+    exact = model(batch)
+    prepared = prepare(exported(model), quantizer)
+    adadfq_plugin.calibrate(prepared, teacher=model, **TOLD)
+    with torch.no_grad():
+        after = convert_pt2e(prepared)(batch)
+    assert (after - exact).abs().mean() <= 0.1 * exact.std()
 
 
 def test_models_of_prepare_pt2e_are_observed_by_their_own_observers() -> None:
@@ -313,6 +330,31 @@ def test_a_stream_that_layer_norm_reads_stays_in_float() -> None:
     # the first operands are read by the linear layer and by the product as well
     assert levels(prepared, ATEN.add.Tensor) == [63, None, 63, None]
     assert levels(prepared, ATEN.matmul.default) == [63, 63, 63, 63]
+
+
+class Token(nn.Module):
+    """A class token that is joined with the patches and cut off again between two sums of one stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm, self.inner = nn.Conv2d(3, 8, 4, stride=4), nn.LayerNorm(8), nn.Linear(8, 8)
+        self.token, self.head = nn.Parameter(torch.randn(1, 1, 8)), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        x = x + self.inner(x)
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1)
+        token, patches = x.split([1, x.shape[1] - 1], 1)
+        x = torch.cat([token + self.inner(token), patches[:, :9] + self.inner(patches[:, :9])], 1)
+        return cast(Tensor, self.head(self.norm(x)[:, 0]))
+
+
+def test_a_stream_is_followed_through_its_parts() -> None:
+    prepared = PT2EBackend().prepare(Token().eval(), models.SIZE, Scheme(activation_bits=6))
+    sums = [node for node in prepared.graph.nodes if node.target is ATEN.add.Tensor]
+    assert len(sums) == 3
+    for node in sums:
+        assert all(user.op != "call_module" for user in node.users), node.format_node()
 
 
 def test_without_vnni_weights_are_narrowed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -507,6 +549,20 @@ def test_refusals_name_the_culprit() -> None:
 
     pair = torch.export.export(Two(), (torch.zeros(2, 4), torch.zeros(2, 4))).module()
     refused(prepare_qat_pt2e(pair, SchemeQuantizer(Scheme())), "has 2 inputs; one batch of images")
+
+
+def test_ranges_that_are_taken_at_run_time_are_refused() -> None:
+    dynamic = x86.get_default_x86_inductor_quantization_config(is_dynamic=True)
+    prepared = prepare_pt2e(exported(plain()), x86.X86InductorQuantizer().set_global(dynamic))
+    refused(prepared, r"'activation_post_process_\d+' takes the range of each batch.*is_dynamic.*static")
+
+
+def test_a_lost_epsilon_is_warned_of() -> None:
+    """torchao's quantization-aware layers have another than the network that was given to them."""
+    model = trained(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, eps=0.1), nn.Flatten(), nn.Linear(8 * 14 * 14, 4))
+    prepared = prepare_qat_pt2e(exported(model), inductor(qat=True))
+    with pytest.warns(UserWarning, match=r"not the teacher.*epsilon"):
+        adadfq_plugin.calibrate(prepared, teacher=model, **TOLD)
 
 
 class Changing(nn.Module):

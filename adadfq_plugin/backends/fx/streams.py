@@ -6,7 +6,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from adadfq_plugin.backends.fx.trial import CallSite, numbered
+from adadfq_plugin.backends.fx.trial import JOINING, CallSite, numbered
 from adadfq_plugin.streams import normed_sums, readers
 
 __all__ = ["REASON", "normed_streams"]
@@ -14,11 +14,16 @@ __all__ = ["REASON", "normed_streams"]
 SUMS = (operator.add, torch.add, operator.mul, torch.mul, "add", "mul")
 NORMS = (nn.LayerNorm, nn.RMSNorm)
 NORM_CALLS = (F.layer_norm, torch.layer_norm, F.rms_norm)
-RESHAPES = (
+MOVES = (
     *("flatten", "view", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "contiguous", "clone"),
+    *("select", "narrow", "index_select", "gather", "expand", "roll", "flip"),
+    *("split", "split_with_sizes", "chunk", "unbind"),
     *(torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze),
-    *(operator.getitem, F.dropout, nn.Dropout, nn.Identity, nn.Flatten),
+    *(torch.select, torch.narrow, torch.index_select, torch.gather, torch.roll, torch.flip),
+    *(torch.split, torch.split_with_sizes, torch.chunk, torch.unbind, operator.getitem),
+    *(F.dropout, nn.Dropout, nn.Identity, nn.Flatten),
 )
+"""What gives the values of tensors, or some of them, elsewhere."""
 REASON = "a stream of sums that LayerNorm reads"
 
 
@@ -33,18 +38,18 @@ def normed_streams(traced: fx.GraphModule) -> list[CallSite]:
         """The function, the method's name, or the module's class."""
         return type(traced.get_submodule(str(node.target))) if node.op == "call_module" else node.target
 
-    def is_sum(node: fx.Node) -> bool:
-        return called(node) in SUMS and "dtype" in node.meta
+    def is_sum(node: fx.Node) -> bool:  # torch.ao rounds what it joins as well
+        return called(node) in (*SUMS, *JOINING) and "dtype" in node.meta
 
     def is_norm(node: fx.Node) -> bool:
         what = called(node)
         return what in NORM_CALLS or (isinstance(what, type) and issubclass(what, NORMS))
 
-    def is_reshape(node: fx.Node) -> bool:
-        return called(node) in RESHAPES
+    def moves(node: fx.Node) -> bool:
+        return called(node) in MOVES
 
-    sums = normed_sums(traced.graph, is_sum=is_sum, is_norm=is_norm, is_reshape=is_reshape)
-    found = sums | {each for node in sums for each in readers(node, is_reshape) if is_norm(each)}
+    sums = normed_sums(traced.graph, is_sum=is_sum, is_norm=is_norm, moves=moves)
+    found = sums | {each for node in sums for each in readers(node, moves) if is_norm(each)}
     return [
         CallSite(node.op, name, None if node.op == "call_module" else index, REASON)
         for node, name, index in numbered(traced.graph)

@@ -82,6 +82,7 @@ class PT2EPrepared:
         self.trainable = bool(original.meta[ATTRIBUTES].is_qat)
         self.module: GraphModule = plain_copy(original)
         self._refuse_nothing_quantized()
+        self._refuse_dynamic()
         use_eval_mode(self.module)
         fold_batch_norm(self.module)
         use_no_mutation(self.module.graph)
@@ -101,6 +102,14 @@ class PT2EPrepared:
             raise ModelError(
                 "the prepared model quantizes nothing: its Quantizer annotates none of its operators; prepare it "
                 "with a Quantizer for convolutions and linear layers"
+            )
+
+    def _refuse_dynamic(self) -> None:
+        dynamic = [name for name, each in self.module.named_modules() if getattr(each, "is_dynamic", False)]
+        if dynamic:
+            raise ModelError(
+                f"{dynamic[0]!r} takes the range of each batch as it comes (is_dynamic=True), so that there is "
+                "nothing to calibrate: convert the model as it is, or prepare it with a static configuration"
             )
 
     def _refuse_fixed_batch(self) -> None:

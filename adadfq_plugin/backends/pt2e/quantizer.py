@@ -47,6 +47,26 @@ RESHAPES = (
     aten.clone.default,
     aten.dropout.default,
 )
+"""A tensor's values in another shape."""
+MOVES = (
+    *RESHAPES,
+    *(
+        aten.slice.Tensor,
+        aten.select.int,
+        aten.index_select.default,
+        aten.gather.default,
+        aten.narrow.default,
+    ),
+    *(aten.cat.default, aten.stack.default, aten.expand.default, aten.roll.default, aten.flip.default),
+    *(
+        aten.split.Tensor,
+        aten.split_with_sizes.default,
+        aten.chunk.default,
+        aten.unbind.int,
+        operator.getitem,
+    ),
+)
+"""The values of tensors, or some of them, elsewhere."""
 
 
 class SchemeQuantizer(Quantizer):  # type: ignore[misc]
@@ -178,7 +198,7 @@ def _normed_sums(model: GraphModule) -> set[Node]:
         model.graph,
         is_sum=lambda node: node.target in SUMS,
         is_norm=lambda node: node.target in NORMS,
-        is_reshape=lambda node: node.target in (*RESHAPES, operator.getitem),
+        moves=lambda node: node.target in MOVES,
     )
 
 
