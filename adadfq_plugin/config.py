@@ -55,7 +55,7 @@ class Settings(_Frozen):
     )
     steps: Annotated[int, Field(ge=0)] | None = Field(
         None,
-        description="training steps of Q, 0 sets ranges only; unset: from the bits and the network's cost",
+        description="training steps of Q, 0 sets ranges and rounds only; unset: from the bits and the network's cost",
     )
     optimizer: Literal["adam", "sgd"] = Field("adam", description="optimiser of Q")
     learning_rate: Rate | None = Field(
@@ -86,7 +86,12 @@ class Settings(_Frozen):
         description="share of Q's batches that are mixed in pairs, P's answers to the mixtures as targets",
     )
     ranges: Literal["mse", "minmax"] = Field("mse", description="start of the activation and weight ranges")
-    range_samples: Positive = Field(256, description="images that the observers see")
+    range_samples: Positive = Field(256, description="images that the observers see, and the rounding")
+    rounding: Literal["compensated", "nearest"] = Field(
+        "compensated",
+        description="start of the weights: rounded one after the other, each error made up for by those that follow "
+        "(GPTQ), or as they are",
+    )
     learn_step_sizes: bool = Field(True, description="train the step sizes of weights and activations (LSQ)")
     keep_best: bool = Field(
         True, description="leave Q's best state on samples kept from its training where its last one is worse"

@@ -43,10 +43,12 @@ from adadfq_plugin.errors import AdaDFQError
 
 RECIPES: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     # name: registered method, its preset, changes; any registered method goes by its own name as well
-    "minmax-noise": ("noise", None, {"steps": 0, "ranges": "minmax"}),
-    "mse-noise": ("noise", None, {"steps": 0}),
-    "mse-synthetic": ("adadfq", None, {"steps": 0}),
-    "mse-real": ("real_images", None, {"steps": 0}),
+    "minmax-noise": ("noise", None, {"steps": 0, "rounding": "nearest", "ranges": "minmax"}),
+    "mse-noise": ("noise", None, {"steps": 0, "rounding": "nearest"}),
+    "mse-synthetic": ("adadfq", None, {"steps": 0, "rounding": "nearest"}),
+    "mse-real": ("real_images", None, {"steps": 0, "rounding": "nearest"}),
+    "rounded-synthetic": ("adadfq", None, {"steps": 0}),
+    "rounded-real": ("real_images", None, {"steps": 0}),
     "paper": ("adadfq", "paper_cifar", {}),
     "real": ("real_images", None, {}),
 }

@@ -181,7 +181,13 @@ def test_progress_sees_every_step() -> None:
 
     adadfq_plugin.calibrate(models.prepared(), settings=QUICK_G, progress=progress, **TOLD)
     assert [call for call in calls if call[0] == "game"] == [("game", step, 6) for step in range(1, 7)]
-    assert list(dict.fromkeys(call[0] for call in calls)) == ["warmup", "samples", "ranges", "game"]
+    assert list(dict.fromkeys(call[0] for call in calls)) == [
+        "warmup",
+        "samples",
+        "ranges",
+        "rounding",
+        "game",
+    ]
 
 
 def test_minutes_bound_the_run() -> None:
@@ -336,6 +342,16 @@ def test_nan_in_the_prepared_model_itself() -> None:
         adadfq_plugin.calibrate(prepared, teacher=models.trained(), settings=QUICK_G, **TOLD)
 
 
+def test_rounding_that_does_harm_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def harm(prepared: Any, *_: Any) -> None:
+        for weight in prepared.weights():
+            weight.data.mul_(-1)
+
+    monkeypatch.setattr("adadfq_plugin.game.run.round_weights", harm)
+    result = adadfq_plugin.calibrate(models.prepared(4), settings=QUICK_G, **TOLD)
+    assert any("rounding that makes up for errors did harm" in note for note in result.notes)
+
+
 @pytest.mark.filterwarnings("ignore:adadfq_plugin. the prepared model is not the teacher")
 def test_a_second_calibration_is_refused_and_conversion_still_works() -> None:
     prepared = models.prepared(4)
@@ -349,7 +365,7 @@ def test_a_second_calibration_is_refused_and_conversion_still_works() -> None:
     convert_fx(prepared.eval())
 
 
-@pytest.mark.parametrize("phase", ["warmup", "samples", "ranges", "game"])
+@pytest.mark.parametrize("phase", ["warmup", "samples", "ranges", "rounding", "game"])
 def test_an_interrupt_leaves_everything_as_it_was(phase: str) -> None:
     prepared, teacher = models.prepared(4), models.trained()
     before, before_teacher = models.state(prepared), models.state(teacher)

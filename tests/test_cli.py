@@ -422,7 +422,7 @@ def test_a_full_disk(given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    "phase", ["load", "top-1 of float", "warmup", "samples", "ranges", "game", "time", "write"]
+    "phase", ["load", "top-1 of float", "warmup", "samples", "ranges", "rounding", "game", "time", "write"]
 )
 def test_an_interrupt_in_any_phase_leaves_nothing(
     given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str

@@ -21,6 +21,7 @@ from adadfq_plugin import api, choice
 from adadfq_plugin.config import Scheme
 from adadfq_plugin.contracts import Backend, Phase, Prepared
 from adadfq_plugin.errors import DataError, ModelError
+from adadfq_plugin.game.rounding import round_weights
 from adadfq_plugin.priors import batch_norms
 from adadfq_plugin.teacher import multiply_adds
 
@@ -261,6 +262,26 @@ def test_ranges_cover_what_was_seen(backend: Backend, how: str) -> None:
     models.observed(opened, batch, how)
     fake, exact = logits(opened, Phase.EVALUATE, batch), logits(opened, Phase.FLOAT, batch)
     assert (fake - exact).abs().mean() <= 0.02 * exact.std()
+
+
+@pytest.mark.parametrize("bits", [4, 3])
+def test_rounding_makes_up_for_its_errors(backend: Backend, network: str, bits: int) -> None:
+    model = backend.prepare(NETWORKS[network](), models.SIZE, Scheme(weight_bits=bits))
+    opened, batch, told = backend.open(model), models.images(128), []
+    models.observed(opened, batch)
+    exact, nearest = logits(opened, Phase.FLOAT, batch), logits(opened, Phase.EVALUATE, batch)
+    reference, frozen = opened.reference(), opened.weights()[0]
+    frozen.requires_grad_(False)
+    before = frozen.clone()
+    round_weights(opened, reference, batch, torch.Generator().manual_seed(0), lambda *at: told.append(at))
+    rounded = logits(opened, Phase.EVALUATE, batch)
+    assert (rounded - exact).square().mean() < 0.5 * (nearest - exact).square().mean()
+    layers = told[0][1]
+    assert layers >= 4
+    assert told == [(done, layers) for done in range(1, layers)]  # all but the frozen one
+    assert torch.equal(frozen, before)
+    assert torch.equal(logits(reference, Phase.FLOAT, batch), exact)
+    assert not any(module._forward_hooks for module in opened.module.modules())
 
 
 def test_channels_with_gamma_zero_convert(backend: Backend) -> None:

@@ -148,6 +148,29 @@ class TestTwins:
         attention = rng.dirichlet(np.ones(6), size=(2, 3, 5))
         assert functional.head_similarity(t(attention)).numpy() == approx(twins.head_similarity(attention))
 
+    @pytest.mark.parametrize(("groups", "outputs", "count"), [(3, 4, 9), (1, 5, 150)])
+    def test_compensated_weights(
+        self, rng: np.random.Generator, groups: int, outputs: int, count: int
+    ) -> None:
+        """More inputs than are carried over at a time, fewer samples than inputs, one input that is always zero."""
+        inputs = rng.normal(size=(groups, 100, count)) @ rng.normal(size=(groups, count, count))
+        inputs[:, :, 2] = 0
+        moments = inputs.transpose(0, 2, 1) @ inputs / 100
+        weight = rng.normal(size=(groups, outputs, count))
+        step = rng.uniform(0.2, 0.4, size=(groups, outputs))
+        lower, upper = -8 * step, 7 * step
+        ours = functional.compensated_weights(*map(t, (weight, step, lower, upper, moments)), damping=0.02)
+        expected = twins.compensated_weights(weight, step, lower, upper, moments, 0.02)
+        np.testing.assert_allclose(ours.numpy(), expected, rtol=1e-6, atol=1e-7)
+        # and it does what it is for
+        grid = step[:, :, None]
+        rounded = np.round(ours.numpy() / grid) * grid
+        nearest = np.round(np.clip(weight, lower[:, :, None], upper[:, :, None]) / grid) * grid
+        error, plain = (
+            np.square((each - weight) @ inputs.transpose(0, 2, 1)).mean() for each in (rounded, nearest)
+        )
+        assert error < 0.9 * plain
+
     def test_metrics(self, z_p: Array, z_q: Array, hard: npt.NDArray[np.int64]) -> None:
         z_q[:3] = z_p[:3] + 0.01
         assert functional.top1_accuracy(t(z_p), t(hard)) == twins.top1_accuracy(z_p, hard)
@@ -498,6 +521,14 @@ Y = torch.zeros(4, dtype=torch.int64)
 H = torch.full((4,), 0.5)
 V = [torch.zeros(2)]
 
+
+def rounded(**changes: Any) -> Tensor:
+    """The weights of one group of 4 outputs of 3 inputs."""
+    fitting: dict[str, Any] = {"weight": Z[None], "moments": torch.eye(3)[None]}
+    fitting |= dict.fromkeys(("step", "lower", "upper"), torch.ones(1, 4))
+    return functional.compensated_weights(**{**fitting, **changes})
+
+
 MISUSE: list[tuple[str, Callable[[], object], str]] = [
     ("z_p_vector", lambda: functional.disagreement_loss(Z[0], Z[0], Y), r"z_p must have the shape \(N, C\)"),
     ("z_p_empty", lambda: functional.agreement_loss(Z[:0], Z[:0], Y[:0]), r"z_p .* N >= 1"),
@@ -622,6 +653,12 @@ MISUSE: list[tuple[str, Callable[[], object], str]] = [
         lambda: functional.head_similarity(torch.zeros(2, 1, 3, 3)),
         r"attention must have the shape .* h >= 2; got \(2, 1, 3, 3\)",
     ),
+    ("weight", lambda: rounded(weight=Z), r"weight must have the shape \(groups, outputs, K\); got \(4, 3\)"),
+    ("step", lambda: rounded(step=H), r"step must have the shape \(1, 4\); got \(4,\)"),
+    ("lower", lambda: rounded(lower=H), r"lower must have the shape \(1, 4\); got \(4,\)"),
+    ("upper", lambda: rounded(upper=Z), r"upper must have the shape \(1, 4\); got \(4, 3\)"),
+    ("moments", lambda: rounded(moments=Z), r"moments must have the shape \(1, 3, 3\); got \(4, 3\)"),
+    ("damping", lambda: rounded(damping=0.0), r"damping must be finite and positive; got 0.0"),
     ("logits", lambda: functional.top1_accuracy(H, Y), r"logits must have the shape"),
     ("labels", lambda: functional.top1_accuracy(Z, Y[:2]), r"labels must be integers of shape \(4,\); got"),
     ("labels_range", lambda: functional.top1_accuracy(Z, Y - 1), r"labels must be in \[0, 3\)"),

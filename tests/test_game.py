@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import models
 import pytest
@@ -10,12 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from adadfq_plugin.backends.fx import FXPrepared
 from adadfq_plugin.config import AdaDFQSettings, GeneratorSettings, Settings
 from adadfq_plugin.contracts import Phase
 from adadfq_plugin.errors import ModelError
-from adadfq_plugin.game import GeneratorPlayer, Pace, ReplayPool, augment, make_plan, mixed, moved
+from adadfq_plugin.game import GeneratorPlayer, Pace, ReplayPool, augment, make_plan, mixed, moved, rounding
 from adadfq_plugin.game.best import BestState
 from adadfq_plugin.game.quantized import QuantizedPlayer, in_pieces
 from adadfq_plugin.generators import Generator, coloured, local_contrast, natural_noise, whitened
@@ -495,3 +496,33 @@ def test_pieces_give_the_gradients_of_the_whole() -> None:
     wanted = [images, *network.parameters()]
     expected = torch.autograd.grad(whole.square().sum(), wanted)
     torch.testing.assert_close(torch.autograd.grad(pieces.square().sum(), wanted), expected)
+
+
+ATEN: Any = torch.ops.aten
+
+
+@pytest.mark.parametrize(
+    ("function", "shape", "kernel", "rest"),
+    [
+        (F.linear, (4, 6), (5, 6), ()),
+        (ATEN.linear.default, (4, 3, 6), (5, 6), ()),
+        (F.conv2d, (3, 6, 9, 7), (4, 3, 3, 2), (None, 2, (1, 0), 1, 2)),
+        (F.conv2d, (3, 6, 9, 7), (6, 1, 3, 3), (None, 1, "same", (2, 1), 6)),
+        (F.conv2d, (3, 6, 9, 7), (6, 6, 3, 3), (None, 1, "valid")),
+        (ATEN.conv2d.default, (3, 6, 9, 7), (4, 6, 1, 1), (None, [2, 1])),
+        (F.conv1d, (3, 6, 9), (4, 3, 3), (None, 2, 1, 1, 2)),
+        (ATEN.conv1d.default, (3, 6, 9), (4, 6, 3), (None, [1], [2], [2])),
+    ],
+)
+def test_a_layers_inputs_are_what_its_outputs_are_products_of(
+    function: Any, shape: tuple[int, ...], kernel: tuple[int, ...], rest: tuple[Any, ...]
+) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(shape), torch.randn(kernel)
+    output = function(x, weight, *rest)
+    call = rounding._Call(function, function.__name__.partition(".")[0], (x, weight, *rest), {})
+    rows = torch.cat(list(call.inputs(torch.Generator().manual_seed(0))), 1)
+    found = rows @ weight.reshape(call.groups, kernel[0] // call.groups, -1).mT  # (groups, places, outputs)
+    torch.testing.assert_close(found.mean(1).flatten(), call.means(output))
+    torch.testing.assert_close(found.square().mean(1).flatten(), call.means(output.square()))
+    torch.testing.assert_close(call.result(2 * weight), 2 * output)

@@ -350,7 +350,7 @@ class Token(nn.Module):
 
 
 def test_a_stream_is_followed_through_its_parts() -> None:
-    prepared = PT2EBackend().prepare(Token().eval(), models.SIZE, Scheme(activation_bits=6))
+    prepared: Any = PT2EBackend().prepare(Token().eval(), models.SIZE, Scheme(activation_bits=6))
     sums = [node for node in prepared.graph.nodes if node.target is ATEN.add.Tensor]
     assert len(sums) == 3
     for node in sums:

@@ -160,3 +160,22 @@ def head_similarity(attention: Array) -> Array:
                     values.append(top / bottom)
         result.append(sum(values) / len(values))
     return np.array(result)
+
+
+def compensated_weights(
+    weight: Array, step: Array, lower: Array, upper: Array, moments: Array, damping: float
+) -> Array:
+    """The same rounding with the inverse written down: a weight's row and column leave it when it is rounded."""
+    result = np.empty_like(weight)
+    for group, moment in enumerate(moments):
+        size = np.diag(moment)
+        damped = moment + np.diag(np.where(size <= 1e-12 * size.max(), 1.0, 0.0) + damping * size.mean())
+        for output, row in enumerate(weight[group]):
+            s, w, inverse = step[group, output], row.copy(), np.linalg.inv(damped)
+            for j in np.argsort(-size, kind="stable"):
+                value = min(max(w[j], lower[group, output]), upper[group, output])
+                result[group, output, j] = value
+                error = (w[j] - np.round(value / s) * s) / inverse[j, j]
+                w = w - error * inverse[:, j]
+                inverse = inverse - np.outer(inverse[:, j], inverse[j, :]) / inverse[j, j]
+    return result

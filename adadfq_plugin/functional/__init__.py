@@ -25,12 +25,14 @@ from adadfq_plugin.functional.images import (
     total_variation,
 )
 from adadfq_plugin.functional.metrics import sqnr_db, top1_accuracy, top1_agreement
+from adadfq_plugin.functional.rounding import compensated_weights
 
 __all__ = [
     "agreement_loss",
     "balance_loss",
     "bn_statistics_loss",
     "channel_moments",
+    "compensated_weights",
     "disagreement_information",
     "disagreement_loss",
     "feature_loss",

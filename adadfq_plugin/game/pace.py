@@ -63,15 +63,20 @@ class Plan:
     told: frozenset[str] = frozenset()
     most: Mapping[str, int] = field(default_factory=dict)
 
-    def pace(self, phase: str) -> Pace:
-        """The length of ``warmup``, of ``game``, or of one batch of ``samples``."""
+    def pace(self, phase: str, spent: float = 0.0) -> Pace:
+        """The length of ``warmup``, of ``game``, or of one batch of ``samples``.
+
+        Args:
+            phase: its name.
+            spent: seconds of its share of the user's minutes that are gone already.
+        """
         lengths = {"warmup": self.warmup, "samples": self.refine, "game": self.steps}
         if self.minutes is None or phase in self.told or lengths[phase] == 0:
             return Pace(lengths[phase])
         running = sum(SHARE[each] for each, steps in lengths.items() if steps and each not in self.told)
         batches = -(-self.samples // self.generator_batch_size) + 1 if phase == "samples" else 1
         seconds = self.minutes * 60 * (1 - REST) * SHARE[phase] / running / batches
-        return Pace(lengths[phase], seconds, self.most.get(phase, sys.maxsize))
+        return Pace(lengths[phase], max(0.0, seconds - spent), self.most.get(phase, sys.maxsize))
 
 
 def make_plan(settings: Settings, teacher: Teacher, bits: int, minutes: float | None = None) -> Plan:

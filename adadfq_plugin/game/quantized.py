@@ -16,7 +16,7 @@ from adadfq_plugin.functional import feature_loss, kl_divergence_loss, quantized
 from adadfq_plugin.game.pace import Pace
 from adadfq_plugin.teacher import Teacher
 
-__all__ = ["QuantizedPlayer", "default_step_rate", "in_pieces"]
+__all__ = ["QuantizedPlayer", "default_step_rate", "feature_weight", "in_pieces"]
 
 
 RATE = 0.005
@@ -35,6 +35,11 @@ def default_step_rate(bits: int) -> float:
         (0.0005, 3.125e-05)
     """
     return 5e-4 * 2.0 ** (4 - bits)
+
+
+def feature_weight(settings: Settings, bits: int) -> float:
+    """Weight of the activations' loss: what is set, else by the narrowest width."""
+    return FEATURES.get(bits, 0.0) if settings.feature_weight is None else settings.feature_weight
 
 
 def in_pieces(network: Callable[[Tensor], Tensor], images: Tensor, size: int = 4) -> Tensor:
@@ -68,13 +73,20 @@ class QuantizedPlayer:
         teacher: P.
         settings: losses and rates.
         pace: the phase that the schedule follows.
+        reference: Q before its weights were changed, whose activations Q's are to match; None: as it is now.
     """
 
-    def __init__(self, prepared: Prepared, teacher: Teacher, settings: Settings, pace: Pace) -> None:
+    def __init__(
+        self,
+        prepared: Prepared,
+        teacher: Teacher,
+        settings: Settings,
+        pace: Pace,
+        reference: Prepared | None = None,
+    ) -> None:
         self.prepared, self.teacher, self.settings, self.pace = prepared, teacher, settings, pace
-        weight = settings.feature_weight
-        self.feature_weight = FEATURES.get(prepared.lowest_bits, 0.0) if weight is None else weight
-        self._reference: Prepared | None = None
+        self.feature_weight = feature_weight(settings, prepared.lowest_bits)
+        self._reference = (reference or prepared.reference()) if self.feature_weight else None
         self._teaches: bool | None = None
         self._of_p: Mapping[str, Tensor] = {}
         self._of_q: Mapping[str, Tensor] = {}
@@ -101,10 +113,9 @@ class QuantizedPlayer:
     def learning(self) -> Iterator[None]:
         """Q in training for the length of the ``with``, its activations watched where they count."""
         with self.prepared.phase(Phase.TRAIN):
-            if not self.feature_weight:
+            if self._reference is None:
                 yield
                 return
-            self._reference = self.prepared.reference()
             with (
                 self._reference.phase(Phase.FLOAT),
                 self._reference.activations() as self._of_p,

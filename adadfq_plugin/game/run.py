@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from adadfq_plugin.config import AdaDFQSettings, GeneratorSettings
-from adadfq_plugin.contracts import Outcome, Phase, Task
+from adadfq_plugin.contracts import Outcome, Phase, Prepared, Task
 from adadfq_plugin.dataset import SyntheticDataset
 from adadfq_plugin.game.best import BestState
 from adadfq_plugin.game.generator import GeneratorPlayer
 from adadfq_plugin.game.pace import Pace, make_plan
 from adadfq_plugin.game.pool import ReplayPool, augment, mixed
-from adadfq_plugin.game.quantized import QuantizedPlayer, in_pieces
+from adadfq_plugin.game.quantized import QuantizedPlayer, feature_weight, in_pieces
+from adadfq_plugin.game.rounding import round_weights
 from adadfq_plugin.history import History
 
 __all__ = ["Run"]
@@ -41,6 +42,8 @@ class Run:
         self.pool = ReplayPool(2 * self.plan.samples, self.rng)
         self.held_out = torch.empty(0)
         """Images that Q does not learn from: what its states are judged by."""
+        self._reference: Prepared | None = None
+        """Q with P's weights, where its activations count."""
         self.history = History()
         self.notes: list[str] = []
         self.seconds: dict[str, float] = {}
@@ -100,16 +103,42 @@ class Run:
         return images, self.task.teacher(images.to(self.task.device)).argmax(1), {}
 
     def observe(self) -> None:
-        """The observers see the pool; then the ranges are set."""
+        """The observers see the pool; then the ranges are set, and the weights rounded to make up for each other."""
         prepared, settings = self.task.prepared, self.task.settings
         count = min(settings.range_samples, len(self.pool))
+        images, _ = self.pool.draw(count)
         with self._timed("ranges"):
             with torch.no_grad(), prepared.phase(Phase.OBSERVE):
-                images, _ = self.pool.draw(count)
                 for start in range(0, count, self.plan.batch_size):
                     prepared.module(self._shown(images[start : start + self.plan.batch_size]))
                     self._report("ranges", min(count, start + self.plan.batch_size), count, {})
             prepared.set_ranges(settings.ranges)
+        if prepared.trainable and settings.rounding == "compensated":
+            with self._timed("rounding"):
+                self._round_weights(self._shown(images))
+
+    def _round_weights(self, images: Tensor) -> None:
+        prepared, teacher = self.task.prepared, self.task.teacher
+        reference = prepared.reference()
+        if self._trains and feature_weight(self.task.settings, prepared.lowest_bits):
+            self._reference = reference
+
+        def tell(layers: int, total: int) -> None:
+            self._report("rounding", layers, total, {})
+
+        if not len(self.held_out):
+            round_weights(prepared, reference, images, self.rng, tell)
+            return
+        best = BestState(prepared, teacher, self._shown(self.held_out), prepared.weights())
+        with prepared.phase(Phase.EVALUATE):
+            best.look(0)
+        round_weights(prepared, reference, images, self.rng, tell)
+        with prepared.phase(Phase.EVALUATE):
+            best.look(1)
+        if best.restore():
+            self.notes.append(
+                "weights start at their nearest levels: rounding that makes up for errors did harm"
+            )
 
     def play(self, player: GeneratorPlayer | None = None) -> None:
         """Q learns from the pool; with a player, G keeps looking for samples between the two boundaries.
@@ -119,8 +148,9 @@ class Run:
         if not self._trains:
             self.notes.append("Q was not trained: the ranges alone were set")
             return
-        pace = self.plan.pace("game")
-        learner = QuantizedPlayer(self.task.prepared, self.task.teacher, self.task.settings, pace)
+        pace = self.plan.pace("game", spent=self.seconds.get("rounding", 0.0))
+        task = self.task
+        learner = QuantizedPlayer(task.prepared, task.teacher, task.settings, pace, self._reference)
         watching = player.watching() if player is not None else nullcontext()
         # P answers for the images kept out before it is watched
         with self._timed("game"), learner.learning(), self._judged(learner, pace) as judge, watching as prior:

@@ -28,6 +28,7 @@ _PAPER: dict[str, Any] = {
     "feature_weight": 0.0,
     "schedule": "stages",
     "ranges": "minmax",
+    "rounding": "nearest",
     "learn_step_sizes": False,
     "keep_best": False,
 }

@@ -1,0 +1,100 @@
+r"""Which level a weight takes: rounding that makes up for its own errors."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from adadfq_plugin.functional._checks import shape_of
+
+__all__ = ["compensated_weights"]
+
+_BLOCK = 128
+"""Columns after which the errors are carried over to all that follow."""
+_DEAD = 1e-12
+"""Mean square, relative to the largest, up to which an input counts as one that is always zero."""
+
+
+@torch.no_grad()
+def compensated_weights(
+    weight: Tensor, step: Tensor, lower: Tensor, upper: Tensor, moments: Tensor, *, damping: float = 0.01
+) -> Tensor:
+    r"""Weights whose rounding changes the outputs least: each error is made up for by the weights still to be rounded.
+
+    With the inputs' second moments :math:`M = \frac{1}{n} \sum_i x_i x_i^T`, the squared error of an output is
+
+    .. math:: \frac{1}{n} \sum_i \big((w - \hat w)^T x_i\big)^2 = (w - \hat w)^T M (w - \hat w)
+
+    One weight j after the other, from the largest input to the smallest, takes its nearest level :math:`\hat w_j`,
+    and the others take the values of least error given that, F being those that are free still:
+
+    .. math:: w_F \leftarrow w_F - \frac{w_j - \hat w_j}{[M_{F}^{-1}]_{jj}} [M_{F}^{-1}]_{F, j}
+
+    Args:
+        weight: w, shape (groups, outputs, K).
+        step: Step size of each output, shape (groups, outputs); zero is a level.
+        lower: What the smallest level of each output stands for, shape (groups, outputs).
+        upper: Likewise the largest.
+        moments: M of each group's inputs, shape (groups, K, K).
+        damping: Share of the mean square of the inputs that is added to all of them, as if there was noise.
+
+    Returns:
+        What each weight was when its turn came, within the levels: the nearest levels of these are the result, and
+        training may start from them. Shape and dtype of ``weight``.
+
+    Raises:
+        ValueError: Shapes that don't fit, or a damping that is not positive.
+
+    Example:
+        >>> import torch
+        >>> w, together = torch.tensor([[[0.4, 0.4]]]), torch.tensor([[[1.0, 0.99], [0.99, 1.0]]])
+        >>> one = torch.ones(1, 1)
+        >>> compensated_weights(w, one, -8 * one, 7 * one, together).round()  # 0.8 in sum: 1, and not 0
+        tensor([[[0., 1.]]])
+
+    Source: Frantar et al., "GPTQ", ICLR 2023, arXiv 2210.17323, after Hassibi and Stork, "Second order derivatives for
+    network pruning: Optimal Brain Surgeon", NIPS 1992.
+    """
+    groups, outputs, count = _checked(weight, step, lower, upper, moments, damping)
+    w, s, low, high = weight.double(), step.double(), lower.double(), upper.double()
+    size = moments.double().diagonal(dim1=1, dim2=2)
+    mean = size.mean(1, keepdim=True)
+    dead = (size <= _DEAD * size.amax(1, keepdim=True)).double() + (mean == 0)
+    damped = moments.double() + torch.diag_embed(damping * mean + dead)
+    order = size.argsort(dim=1, descending=True, stable=True)
+    rows, columns = order.unsqueeze(2).expand(-1, -1, count), order.unsqueeze(1)
+    damped = damped.gather(1, rows).gather(2, columns.expand(-1, count, -1))
+    w = w.gather(2, columns.expand(-1, outputs, -1))
+    # row j of this factor is the column j above, for the weights that are free when j is rounded
+    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    found = torch.empty_like(w)
+    for start in range(0, count, _BLOCK):
+        end = min(count, start + _BLOCK)
+        errors = torch.empty(groups, outputs, end - start, dtype=w.dtype, device=w.device)
+        for j in range(start, end):
+            found[:, :, j] = w[:, :, j].clamp(low, high)
+            level = (found[:, :, j] / s).round() * s
+            error = (w[:, :, j] - level) / factor[:, j, j].unsqueeze(1)
+            errors[:, :, j - start] = error
+            w[:, :, j + 1 : end] -= error.unsqueeze(2) * factor[:, j : j + 1, j + 1 : end]
+        w[:, :, end:] -= errors @ factor[:, start:end, end:]
+    back = order.argsort(1).unsqueeze(1).expand(-1, outputs, -1)
+    return found.gather(2, back).to(weight.dtype)
+
+
+def _checked(
+    weight: Tensor, step: Tensor, lower: Tensor, upper: Tensor, moments: Tensor, damping: float
+) -> tuple[int, int, int]:
+    if weight.ndim != 3:
+        raise ValueError(f"weight must have the shape (groups, outputs, K); got {shape_of(weight)}")
+    groups, outputs, count = shape_of(weight)
+    for name, each in {"step": step, "lower": lower, "upper": upper}.items():
+        if each.shape != (groups, outputs):
+            raise ValueError(f"{name} must have the shape {(groups, outputs)}; got {shape_of(each)}")
+    if moments.shape != (groups, count, count):
+        raise ValueError(f"moments must have the shape {(groups, count, count)}; got {shape_of(moments)}")
+    if not (math.isfinite(damping) and damping > 0):
+        raise ValueError(f"damping must be finite and positive; got {damping}")
+    return groups, outputs, count

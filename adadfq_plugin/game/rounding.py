@@ -1,0 +1,228 @@
+"""The weights of Q before its training: rounded so that each layer's outputs, not its weights, change least."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from adadfq_plugin.contracts import Phase, Prepared
+from adadfq_plugin.fake_quantize import LearnedQuantizer
+from adadfq_plugin.functional import compensated_weights
+
+__all__ = ["round_weights"]
+
+KERNELS = {"linear": 0, "conv1d": 1, "conv2d": 2}
+"""Functions that are rounded, with the dimensions of their kernels."""
+PLACES = 8192
+"""Outputs whose inputs tell a layer's second moments."""
+WIDEST = 4608
+"""Inputs of an output, 512 channels of 3x3: the inverse of more takes minutes."""
+IN_MEMORY = 2**24
+"""Values of a layer's inputs that are laid out at a time."""
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A call of a layer whose weight has just been quantized."""
+
+    name: str
+    """Of the weight's quantizer."""
+    quantizer: LearnedQuantizer
+    weight: nn.Parameter
+    quantized: Tensor
+    """Held, so that its id is nobody else's."""
+
+
+class _Layers(TorchFunctionMode):
+    """Lets somebody do the work of a network's quantized layers.
+
+    Args:
+        network: a prepared network.
+        work: what is called instead of a layer, with the layer, its function and the arguments.
+    """
+
+    def __init__(self, network: nn.Module, work: Callable[[_Layer, _Call], Tensor]) -> None:
+        super().__init__()
+        self._work = work
+        self._found: dict[int, _Layer] = {}
+        self._quantizers = {
+            module: name for name, module in network.named_modules() if isinstance(module, LearnedQuantizer)
+        }
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """While calls are taken over."""
+        with ExitStack() as hooks:
+            for quantizer in self._quantizers:
+                hooks.callback(quantizer.register_forward_hook(self._note).remove)
+            hooks.enter_context(self)
+            yield
+
+    def _note(self, quantizer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        if isinstance(inputs[0], nn.Parameter):
+            assert isinstance(quantizer, LearnedQuantizer)
+            layer = _Layer(self._quantizers[quantizer], quantizer, inputs[0], output)
+            self._found[id(output)] = layer
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "").partition(".")[0]
+        if name in KERNELS:
+            call = _Call(func, name, args, kwargs or {})
+            layer = self._found.pop(id(call.argument(1, "weight")), None)
+            if layer is not None:
+                return self._work(layer, call)
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass
+class _Call:
+    """A call of ``linear``, ``conv1d`` or ``conv2d``, of torch's functions or of ATen's operators."""
+
+    function: Callable[..., Tensor]
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def argument(self, place: int, name: str, default: Any = None) -> Any:
+        """An argument, however it was passed."""
+        return self.args[place] if len(self.args) > place else self.kwargs.get(name, default)
+
+    @property
+    def groups(self) -> int:
+        """Parts that the channels fall into."""
+        return int(self.argument(6, "groups", 1)) if KERNELS[self.name] else 1
+
+    def result(self, weight: Tensor) -> Tensor:
+        """What the call gives with another weight."""
+        args, kwargs = list(self.args), dict(self.kwargs)
+        if len(args) > 1:
+            args[1] = weight
+        else:
+            kwargs["weight"] = weight
+        return self.function(*args, **kwargs)
+
+    def means(self, output: Tensor) -> Tensor:
+        """The mean of each output channel."""
+        channels = 1 if KERNELS[self.name] and output.ndim == KERNELS[self.name] + 2 else output.ndim - 1
+        return output.movedim(channels, 0).flatten(1).mean(1)
+
+    def inputs(self, rng: torch.Generator) -> Iterator[Tensor]:
+        """What outputs at random places are products of, piece by piece: (groups, places, K)."""
+        x, weight = self.argument(0, "input"), self.argument(1, "weight")
+        if not KERNELS[self.name]:
+            rows = x.reshape(-1, x.shape[-1])
+            yield rows[torch.randperm(len(rows), generator=rng)[:PLACES].to(x.device)].unsqueeze(0)
+            return
+        if KERNELS[self.name] == 1:
+            x, weight = x.unsqueeze(-2), weight.unsqueeze(-2)
+        kernel = tuple(weight.shape[2:])
+        stride, dilation = (self._pair(*each) for each in ((3, "stride", 1), (5, "dilation", 1)))
+        sides = self._padding(kernel, dilation)
+        x = F.pad(x, sides) if any(sides) else x
+        places = max(1, PLACES // len(x))
+        for piece in x.split(max(1, IN_MEMORY // (x[0].numel() * kernel[0] * kernel[1]))):
+            columns = F.unfold(piece, kernel, dilation, 0, stride)
+            chosen = torch.randperm(columns.shape[2], generator=rng)[:places].to(x.device)
+            columns = columns[:, :, chosen].unflatten(1, (self.groups, -1))
+            yield columns.permute(1, 0, 3, 2).flatten(1, 2)
+
+    def _pair(self, place: int, name: str, default: int) -> tuple[int, int]:
+        value = self.argument(place, name, default)
+        value = (value,) if isinstance(value, int) else tuple(value)
+        if KERNELS[self.name] == 1:
+            return (default, value[0])
+        return (value[0], value[-1])
+
+    def _padding(self, kernel: Sequence[int], dilation: Sequence[int]) -> tuple[int, int, int, int]:
+        """Left, right, top and bottom."""
+        value = self.argument(4, "padding", 0)
+        if isinstance(value, str):
+            total = [d * (k - 1) if value == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
+            return (total[1] // 2, total[1] - total[1] // 2, total[0] // 2, total[0] - total[0] // 2)
+        high, wide = (
+            (0, self._pair(4, "padding", 0)[1]) if KERNELS[self.name] == 1 else self._pair(4, "padding", 0)
+        )
+        return (wide, wide, high, high)
+
+
+@torch.no_grad()
+def round_weights(
+    prepared: Prepared,
+    reference: Prepared,
+    images: Tensor,
+    rng: torch.Generator,
+    tell: Callable[[int, int], None],
+) -> None:
+    """Gives every quantized layer the weights whose rounding changes its outputs least, and its bias their mean.
+
+    One layer after the other, in the order in which they run, so that each sees inputs that are quantized as they will
+    be. Left alone are weights that the user has frozen, transposed convolutions, and layers of very many inputs.
+
+    Args:
+        prepared: Q with its ranges set; its weights are changed in place.
+        reference: Q as it was, unquantized.
+        images: (N, C, H, W) on the device, N at least 1.
+        rng: source of the places that are looked at.
+        tell: called after each layer with the number so far and that of all layers.
+
+    Source: the weights by :func:`~adadfq_plugin.functional.compensated_weights`; the biases after Nagel et al.,
+    "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019, arXiv 1906.04721, section 4.2,
+    with the means measured.
+    """
+    expected: dict[str, Tensor] = {}
+    rounded: set[str] = set()
+
+    def measure(layer: _Layer, call: _Call) -> Tensor:
+        output = call.function(*call.args, **call.kwargs)
+        expected.setdefault(layer.name, call.means(output))
+        return output
+
+    def change(layer: _Layer, call: _Call) -> Tensor:
+        if layer.name in rounded or layer.name not in expected or not _can_be_rounded(layer, call):
+            return call.function(*call.args, **call.kwargs)
+        rounded.add(layer.name)
+        _round(layer, call, rng)
+        tell(len(rounded), len(expected))
+        output = call.result(layer.quantizer(layer.weight))
+        bias = call.argument(2, "bias")
+        if isinstance(bias, nn.Parameter) and bias.requires_grad:
+            bias.add_(expected[layer.name] - call.means(output))
+            output = call.result(layer.quantizer(layer.weight))
+        return output
+
+    with reference.phase(Phase.FLOAT), _Layers(reference.module, measure).at_work():
+        reference.module(images)
+    with prepared.phase(Phase.EVALUATE), _Layers(prepared.module, change).at_work():
+        prepared.module(images)
+
+
+def _can_be_rounded(layer: _Layer, call: _Call) -> bool:
+    weight, quantizer = layer.weight, layer.quantizer
+    by_output = not quantizer.per_channel or quantizer.ch_axis == 0
+    return weight.requires_grad and by_output and weight[0].numel() <= WIDEST
+
+
+def _round(layer: _Layer, call: _Call, rng: torch.Generator) -> None:
+    groups, weight = call.groups, layer.weight
+    moments, count = torch.zeros((), dtype=torch.float64, device=weight.device), 0
+    for rows in call.inputs(rng):
+        moments = moments + (rows.mT @ rows).double()
+        count += rows.shape[1]
+    if not bool(moments.isfinite().all()):  # a mask, or an overflow: nothing is known of the inputs
+        return
+    lower, upper = layer.quantizer.bounds()
+    step, lower, upper = (
+        each.expand(len(weight)).view(groups, -1) for each in (layer.quantizer.scale.detach(), lower, upper)
+    )
+    grouped = weight.detach().reshape(groups, len(weight) // groups, -1)
+    found = compensated_weights(grouped, step, lower, upper, moments / count)
+    weight.copy_(found.view_as(weight))
