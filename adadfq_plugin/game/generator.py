@@ -102,7 +102,7 @@ class GeneratorPlayer:
         if self.natural:
             facts = self.teacher.facts
             noise = natural_noise(facts, self.batch_size, self._rng).to(images)
-            share = math.sqrt(1 - self.natural**2)  # the deviation stays 1
+            share = math.sqrt(1 - self.natural**2)  # the deviation stays about 1
             blend = self.natural * noise + share * facts.to_standard(images)
             images = self.generator.clip(facts.from_standard(blend))
         return images, labels

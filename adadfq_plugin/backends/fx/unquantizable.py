@@ -55,7 +55,8 @@ def unquantizable(
     """Return the parts of a model that torch.ao would quantize, but whose conversion fails or computes something else.
 
     The model is prepared, converted and run on a copy, on random images, with the quantized engine that is set
-    (``torch.backends.quantized.engine``); parts that fail are left out, until nothing fails. Seven things fail:
+    (``torch.backends.quantized.engine``); parts that fail are left out, until nothing fails. Seven things fail, of
+    which the first four are seen in the graph:
 
     - a call on an integer tensor (indices, masks), which torch.ao takes for a floating-point one;
     - a sum or product that something is divided by: it is not to be zero, as a rounded one may be;
