@@ -213,16 +213,18 @@ def _can_be_rounded(layer: _Layer, call: _Call) -> bool:
 
 def _round(layer: _Layer, call: _Call, rng: torch.Generator) -> None:
     groups, weight = call.groups, layer.weight
-    moments, count = torch.zeros((), dtype=torch.float64, device=weight.device), 0
+    where = torch.device("cpu") if weight.device.type == "mps" else weight.device  # Metal has no float64
+    moments, count = torch.zeros((), dtype=torch.float64, device=where), 0
     for rows in call.inputs(rng):
-        moments = moments + (rows.mT @ rows).double()
+        moments = moments + (rows.mT @ rows).to(where).double()
         count += rows.shape[1]
     if not bool(moments.isfinite().all()):  # a mask, or an overflow: nothing is known of the inputs
         return
     lower, upper = layer.quantizer.bounds()
     step, lower, upper = (
-        each.expand(len(weight)).view(groups, -1) for each in (layer.quantizer.scale.detach(), lower, upper)
+        each.expand(len(weight)).reshape(groups, -1).to(where)
+        for each in (layer.quantizer.scale.detach(), lower, upper)
     )
-    grouped = weight.detach().reshape(groups, len(weight) // groups, -1)
+    grouped = weight.detach().reshape(groups, len(weight) // groups, -1).to(where)
     found = compensated_weights(grouped, step, lower, upper, moments / count)
     weight.copy_(found.view_as(weight))
