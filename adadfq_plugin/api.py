@@ -25,7 +25,7 @@ from adadfq_plugin.choice import (
 from adadfq_plugin.config import Scheme, Settings
 from adadfq_plugin.contracts import Outcome, Phase, Prepared, Progress, Task
 from adadfq_plugin.dataset import SyntheticDataset
-from adadfq_plugin.errors import SettingsError, first_line
+from adadfq_plugin.errors import ModelError, SettingsError, first_line
 from adadfq_plugin.history import History
 from adadfq_plugin.hooks import fork_rng, module_modes
 from adadfq_plugin.teacher import Facts, Teacher, device_of, find_facts, make_teacher, refuse_nan
@@ -251,6 +251,11 @@ def _not_the_teacher(teacher: Teacher, prepared: Prepared, device: torch.device)
     twin = prepared.reference()  # the toolkit's own observers can't be told not to observe
     with torch.no_grad(), twin.phase(Phase.FLOAT):
         expected, found = teacher(images), twin.module(images)
+    if found.shape != expected.shape:
+        raise ModelError(
+            f"the prepared model gives {found.shape[-1]} logits, the teacher {expected.shape[-1]}: prepare a copy of "
+            "the teacher itself"
+        )
     error = float(
         (found - expected).abs().max() / expected.abs().max().clamp_min(torch.finfo(torch.float).tiny)
     )

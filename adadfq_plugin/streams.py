@@ -34,5 +34,13 @@ def normed_sums(graph: Graph, *, is_sum: Test, is_norm: Test, moves: Test) -> se
 
 def readers(node: Node, moves: Test) -> Iterator[Node]:
     """What reads a tensor's values, wherever they were moved before."""
-    for user in node.users:
-        yield from readers(user, moves) if moves(user) else (user,)
+    seen, waiting = {node}, [node]
+    while waiting:
+        for user in waiting.pop().users:
+            if user in seen:
+                continue
+            seen.add(user)
+            if moves(user):
+                waiting.append(user)
+            else:
+                yield user

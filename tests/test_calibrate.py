@@ -98,6 +98,13 @@ def test_a_teacher_that_was_not_prepared_is_warned_of() -> None:
     assert "not the teacher" in result.warnings[0]
 
 
+def test_a_teacher_of_other_classes_is_refused() -> None:
+    with pytest.raises(ModelError, match="the prepared model gives 5 logits, the teacher 7: prepare a copy"):
+        adadfq_plugin.calibrate(
+            models.prepared(), teacher=models.trained(classes=7), settings=QUICK_G, **TOLD
+        )
+
+
 def test_auto_is_the_backend_that_recognises_the_model() -> None:
     result = adadfq_plugin.calibrate(models.prepared(), backend="auto", settings=QUICK_G, **TOLD)
     assert result.backend == "fx"

@@ -278,10 +278,50 @@ def test_rounding_makes_up_for_its_errors(backend: Backend, network: str, bits: 
     assert (rounded - exact).square().mean() < 0.5 * (nearest - exact).square().mean()
     layers = told[0][1]
     assert layers >= 4
-    assert told == [(done, layers) for done in range(1, layers)]  # all but the frozen one
+    assert told == [(done, layers) for done in range(1, layers + 1)]
     assert torch.equal(frozen, before)
     assert torch.equal(logits(reference, Phase.FLOAT, batch), exact)
     assert not any(module._forward_hooks for module in opened.module.modules())
+
+
+class Twice(nn.Module):
+    """A layer that is called twice, and two that share their weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.twice = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1)
+        self.one, self.other, self.head = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.Linear(8, models.CLASSES)
+        self.other.weight = self.one.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.twice(self.twice(self.stem(x)).relu() * 2)
+        return cast(Tensor, self.head(self.other(self.one(x).relu()).mean((2, 3))))
+
+
+def test_rounding_of_weights_that_are_used_twice(backend: Backend) -> None:
+    torch.manual_seed(0)
+    opened = backend.open(backend.prepare(Twice().eval(), models.SIZE, Scheme(weight_bits=4)))
+    batch = models.images(128)
+    models.observed(opened, batch)
+    exact, nearest = logits(opened, Phase.FLOAT, batch), logits(opened, Phase.EVALUATE, batch)
+    round_weights(opened, opened.reference(), batch, torch.Generator().manual_seed(0), lambda *_: None)
+    rounded = logits(opened, Phase.EVALUATE, batch)
+    assert (rounded - exact).square().mean() < 0.5 * (nearest - exact).square().mean()
+
+
+def test_rounding_leaves_alone_what_it_knows_nothing_of(backend: Backend) -> None:
+    """One image that overflows, and a time that is over."""
+    opened, batch = backend.open(prepared(backend, "residual", 4)), models.images(16)
+    models.observed(opened, batch)
+    before = models.state(opened.module)
+    spoilt = batch.clone()
+    spoilt[0, 0, 0, 0] = torch.nan
+    arguments = (torch.Generator().manual_seed(0), lambda *_: None)
+    round_weights(opened, opened.reference(), spoilt, *arguments)
+    assert all(bool(each.isfinite().all()) for each in opened.module.parameters())
+    opened.module.load_state_dict(cast(Any, before["tensors"]))
+    assert round_weights(opened, opened.reference(), batch, *arguments, seconds=-1) == 4
+    assert models.same(before, models.state(opened.module))
 
 
 def test_channels_with_gamma_zero_convert(backend: Backend) -> None:

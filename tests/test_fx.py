@@ -10,7 +10,7 @@ from zipfile import ZIP_DEFLATED, ZipFile
 import models
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.ao.quantization import (
     QConfig,
     QConfigMapping,
@@ -33,6 +33,7 @@ from adadfq_plugin.backends.fx.kernels import largest_weight
 from adadfq_plugin.config import Scheme
 from adadfq_plugin.contracts import Backend, Phase, Prepared
 from adadfq_plugin.errors import DataError, ModelError, SettingsError
+from adadfq_plugin.streams import readers
 
 pytestmark = pytest.mark.usefixtures("seeded")
 EXAMPLE = (torch.zeros(2, *models.SIZE),)
@@ -509,6 +510,16 @@ def test_a_stream_is_followed_through_its_parts() -> None:
     code = cast(Any, opened.convert()).code
     assert "ops.quantized.add(" not in code
     assert "quantized.layer_norm" not in code
+
+
+def test_readers_of_a_tensor_that_is_cut_and_joined_again_and_again() -> None:
+    """Each way through the pieces is another path: 2 to the 40th."""
+    graph = fx.Graph()
+    node = start = graph.placeholder("x")
+    for _ in range(40):
+        node = graph.call_function(torch.cat, ([graph.call_function(torch.flip, (node, [0])), node],))
+    last = graph.output(node)
+    assert list(readers(start, lambda each: each.op == "call_function")) == [last]
 
 
 def test_sums_that_a_layer_norm_reads_stay_in_float() -> None:

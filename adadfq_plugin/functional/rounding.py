@@ -64,24 +64,24 @@ def compensated_weights(
     dead = (size <= _DEAD * size.amax(1, keepdim=True)).double() + (mean == 0)
     damped = moments.double() + torch.diag_embed(damping * mean + dead)
     order = size.argsort(dim=1, descending=True, stable=True)
-    rows, columns = order.unsqueeze(2).expand(-1, -1, count), order.unsqueeze(1)
-    damped = damped.gather(1, rows).gather(2, columns.expand(-1, count, -1))
-    w = w.gather(2, columns.expand(-1, outputs, -1))
+    damped = damped.gather(1, order.unsqueeze(2).expand(-1, -1, count))
+    damped = damped.gather(2, order.unsqueeze(1).expand(-1, count, -1))
+    by_output = order.unsqueeze(2).expand(-1, -1, outputs)
+    w = w.mT.gather(1, by_output)  # (groups, K, outputs): what is rounded at a time lies together
     # row j of this factor is the column j above, for the weights that are free when j is rounded
     factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
     found = torch.empty_like(w)
     for start in range(0, count, _BLOCK):
         end = min(count, start + _BLOCK)
-        errors = torch.empty(groups, outputs, end - start, dtype=w.dtype, device=w.device)
+        errors = torch.empty(groups, end - start, outputs, dtype=w.dtype, device=w.device)
         for j in range(start, end):
-            found[:, :, j] = w[:, :, j].clamp(low, high)
-            level = (found[:, :, j] / s).round() * s
-            error = (w[:, :, j] - level) / factor[:, j, j].unsqueeze(1)
-            errors[:, :, j - start] = error
-            w[:, :, j + 1 : end] -= error.unsqueeze(2) * factor[:, j : j + 1, j + 1 : end]
-        w[:, :, end:] -= errors @ factor[:, start:end, end:]
-    back = order.argsort(1).unsqueeze(1).expand(-1, outputs, -1)
-    return found.gather(2, back).to(weight.dtype)
+            found[:, j] = w[:, j].clamp(low, high)
+            error = (w[:, j] - (found[:, j] / s).round() * s) / factor[:, j, j].unsqueeze(1)
+            errors[:, j - start] = error
+            w[:, j + 1 : end] -= factor[:, j, j + 1 : end].unsqueeze(2) * error.unsqueeze(1)
+        w[:, end:] -= factor[:, start:end, end:].mT @ errors
+    back = order.argsort(1).unsqueeze(2).expand(-1, -1, outputs)
+    return found.gather(1, back).mT.to(weight.dtype)
 
 
 def _checked(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -36,8 +38,8 @@ class _Layer:
     """Of the weight's quantizer."""
     quantizer: LearnedQuantizer
     weight: nn.Parameter
-    quantized: Tensor
-    """Held, so that its id is nobody else's."""
+    quantized: weakref.ref[Tensor]
+    """What became of the weight; an id alone may be somebody else's later."""
 
 
 class _Layers(TorchFunctionMode):
@@ -68,8 +70,8 @@ class _Layers(TorchFunctionMode):
     def _note(self, quantizer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         if isinstance(inputs[0], nn.Parameter):
             assert isinstance(quantizer, LearnedQuantizer)
-            layer = _Layer(self._quantizers[quantizer], quantizer, inputs[0], output)
-            self._found[id(output)] = layer
+            name = self._quantizers[quantizer]
+            self._found[id(output)] = _Layer(name, quantizer, inputs[0], weakref.ref(output))
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -77,8 +79,9 @@ class _Layers(TorchFunctionMode):
         name = getattr(func, "__name__", "").partition(".")[0]
         if name in KERNELS:
             call = _Call(func, name, args, kwargs or {})
-            layer = self._found.pop(id(call.argument(1, "weight")), None)
-            if layer is not None:
+            weight = call.argument(1, "weight")
+            layer = self._found.get(id(weight))
+            if layer is not None and layer.quantized() is weight:
                 return self._work(layer, call)
         return func(*args, **(kwargs or {}))
 
@@ -101,10 +104,12 @@ class _Call:
         """Parts that the channels fall into."""
         return int(self.argument(6, "groups", 1)) if KERNELS[self.name] else 1
 
-    def result(self, weight: Tensor) -> Tensor:
-        """What the call gives with another weight."""
+    def result(self, weight: Tensor | None = None) -> Tensor:
+        """What the call gives; with another weight where one is given."""
         args, kwargs = list(self.args), dict(self.kwargs)
-        if len(args) > 1:
+        if weight is None:
+            pass
+        elif len(args) > 1:
             args[1] = weight
         else:
             kwargs["weight"] = weight
@@ -161,11 +166,13 @@ def round_weights(
     images: Tensor,
     rng: torch.Generator,
     tell: Callable[[int, int], None],
-) -> None:
+    seconds: float | None = None,
+) -> int:
     """Gives every quantized layer the weights whose rounding changes its outputs least, and its bias their mean.
 
     One layer after the other, in the order in which they run, so that each sees inputs that are quantized as they will
-    be. Left alone are weights that the user has frozen, transposed convolutions, and layers of very many inputs.
+    be. Left alone are weights that the user has frozen, transposed and three-dimensional convolutions, layers of very
+    many inputs, and those whose inputs aren't finite.
 
     Args:
         prepared: Q with its ranges set; its weights are changed in place.
@@ -173,36 +180,52 @@ def round_weights(
         images: (N, C, H, W) on the device, N at least 1.
         rng: source of the places that are looked at.
         tell: called after each layer with the number so far and that of all layers.
+        seconds: time after which no further layer is begun; None: no limit.
+
+    Returns:
+        How many layers were not reached in time.
 
     Source: the weights by :func:`~adadfq_plugin.functional.compensated_weights`; the biases after Nagel et al.,
     "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019, arXiv 1906.04721, section 4.2,
     with the means measured.
     """
     expected: dict[str, Tensor] = {}
-    rounded: set[str] = set()
+    seen: set[str] = set()
+    rounded: set[nn.Parameter] = set()
+    late = 0
+    end = None if seconds is None else time.monotonic() + seconds
 
     def measure(layer: _Layer, call: _Call) -> Tensor:
-        output = call.function(*call.args, **call.kwargs)
+        output = call.result()
         expected.setdefault(layer.name, call.means(output))
         return output
 
     def change(layer: _Layer, call: _Call) -> Tensor:
-        if layer.name in rounded or layer.name not in expected or not _can_be_rounded(layer, call):
-            return call.function(*call.args, **call.kwargs)
-        rounded.add(layer.name)
-        _round(layer, call, rng)
-        tell(len(rounded), len(expected))
-        output = call.result(layer.quantizer(layer.weight))
-        bias = call.argument(2, "bias")
-        if isinstance(bias, nn.Parameter) and bias.requires_grad:
-            bias.add_(expected[layer.name] - call.means(output))
-            output = call.result(layer.quantizer(layer.weight))
-        return output
+        nonlocal late
+        first = layer.name not in seen and layer.weight not in rounded
+        seen.add(layer.name)
+        if first and layer.name in expected and _can_be_rounded(layer, call):
+            if end is not None and time.monotonic() > end:
+                late += 1
+            elif _round(layer, call, rng):
+                rounded.add(layer.weight)
+                _correct_bias(layer, call, expected[layer.name])
+        tell(min(len(seen), len(expected)), len(expected))
+        # another call of the layer has been given the weights of before
+        return call.result(layer.quantizer(layer.weight)) if layer.weight in rounded else call.result()
 
     with reference.phase(Phase.FLOAT), _Layers(reference.module, measure).at_work():
         reference.module(images)
     with prepared.phase(Phase.EVALUATE), _Layers(prepared.module, change).at_work():
         prepared.module(images)
+    return late
+
+
+def _correct_bias(layer: _Layer, call: _Call, expected: Tensor) -> None:
+    bias = call.argument(2, "bias")
+    if isinstance(bias, nn.Parameter) and bias.requires_grad:
+        shift = expected - call.means(call.result(layer.quantizer(layer.weight)))
+        bias.add_(torch.where(shift.isfinite(), shift, 0))
 
 
 def _can_be_rounded(layer: _Layer, call: _Call) -> bool:
@@ -211,7 +234,8 @@ def _can_be_rounded(layer: _Layer, call: _Call) -> bool:
     return weight.requires_grad and by_output and weight[0].numel() <= WIDEST
 
 
-def _round(layer: _Layer, call: _Call, rng: torch.Generator) -> None:
+def _round(layer: _Layer, call: _Call, rng: torch.Generator) -> bool:
+    """Whether the layer's inputs allowed it."""
     groups, weight = call.groups, layer.weight
     where = torch.device("cpu") if weight.device.type == "mps" else weight.device  # Metal has no float64
     moments, count = torch.zeros((), dtype=torch.float64, device=where), 0
@@ -219,7 +243,7 @@ def _round(layer: _Layer, call: _Call, rng: torch.Generator) -> None:
         moments = moments + (rows.mT @ rows).to(where).double()
         count += rows.shape[1]
     if not bool(moments.isfinite().all()):  # a mask, or an overflow: nothing is known of the inputs
-        return
+        return False
     lower, upper = layer.quantizer.bounds()
     step, lower, upper = (
         each.expand(len(weight)).reshape(groups, -1).to(where)
@@ -228,3 +252,4 @@ def _round(layer: _Layer, call: _Call, rng: torch.Generator) -> None:
     grouped = weight.detach().reshape(groups, len(weight) // groups, -1).to(where)
     found = compensated_weights(grouped, step, lower, upper, moments / count)
     weight.copy_(found.view_as(weight))
+    return True

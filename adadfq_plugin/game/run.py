@@ -23,6 +23,10 @@ from adadfq_plugin.history import History
 
 __all__ = ["Run"]
 
+ROUNDED = 64
+"""Large images that the weights are rounded by: all of them go through the network at once."""
+ROUNDING = 0.1
+"""Share of the user's minutes after which no further layer's weights are rounded."""
 PIECE = 8
 """Large images of which Q's graph is kept at a time; a quarter of them beside P's."""
 
@@ -90,12 +94,16 @@ class Run:
                 missing = self.plan.samples - len(self.pool)
                 self.pool.add(images[:missing], labels[:missing])
                 self._report("samples", len(self.pool), self.plan.samples, dict(figures))
-            if self._trains and self.task.settings.keep_best:
+            if (self._trains or self._rounds) and self.task.settings.keep_best:
                 self.held_out, _, _ = draw()
 
     @property
     def _trains(self) -> bool:
         return self.task.prepared.trainable and self.plan.steps > 0
+
+    @property
+    def _rounds(self) -> bool:
+        return self.task.prepared.trainable and self.task.settings.rounding == "compensated"
 
     @torch.no_grad()
     def answered(self, images: Tensor) -> tuple[Tensor, Tensor, Mapping[str, float]]:
@@ -113,9 +121,10 @@ class Run:
                     prepared.module(self._shown(images[start : start + self.plan.batch_size]))
                     self._report("ranges", min(count, start + self.plan.batch_size), count, {})
             prepared.set_ranges(settings.ranges)
-        if prepared.trainable and settings.rounding == "compensated":
+        if self._rounds:
             with self._timed("rounding"):
-                self._round_weights(self._shown(images))
+                most = ROUNDED if self.task.teacher.facts.large else count
+                self._round_weights(self._shown(images[:most]))
 
     def _round_weights(self, images: Tensor) -> None:
         prepared, teacher = self.task.prepared, self.task.teacher
@@ -126,19 +135,24 @@ class Run:
         def tell(layers: int, total: int) -> None:
             self._report("rounding", layers, total, {})
 
-        if not len(self.held_out):
-            round_weights(prepared, reference, images, self.rng, tell)
-            return
-        best = BestState(prepared, teacher, self._shown(self.held_out), prepared.weights())
-        with prepared.phase(Phase.EVALUATE):
-            best.look(0)
-        round_weights(prepared, reference, images, self.rng, tell)
-        with prepared.phase(Phase.EVALUATE):
-            best.look(1)
-        if best.restore():
+        seconds = None if self.plan.minutes is None else self.plan.minutes * 60 * ROUNDING
+        best = None
+        if len(self.held_out):
+            best = BestState(prepared, teacher, self._shown(self.held_out), prepared.weights())
+            with prepared.phase(Phase.EVALUATE):
+                best.look(0)
+        late = round_weights(prepared, reference, images, self.rng, tell, seconds)
+        if late:
             self.notes.append(
-                "weights start at their nearest levels: rounding that makes up for errors did harm"
+                f"{late} layers start at their nearest levels: there was no time for better ones"
             )
+        if best is not None:
+            with prepared.phase(Phase.EVALUATE):
+                best.look(1)
+            if best.restore():
+                self.notes.append(
+                    "weights start at their nearest levels: rounding that makes up for errors did harm"
+                )
 
     def play(self, player: GeneratorPlayer | None = None) -> None:
         """Q learns from the pool; with a player, G keeps looking for samples between the two boundaries.
@@ -146,7 +160,10 @@ class Run:
         Without replay one forward pass of Q on G's newest batch serves both players.
         """
         if not self._trains:
-            self.notes.append("Q was not trained: the ranges alone were set")
+            done = (
+                "its ranges were set and its weights rounded" if self._rounds else "the ranges alone were set"
+            )
+            self.notes.append(f"Q was not trained: {done}")
             return
         pace = self.plan.pace("game", spent=self.seconds.get("rounding", 0.0))
         task = self.task

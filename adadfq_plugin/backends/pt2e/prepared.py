@@ -108,8 +108,8 @@ class PT2EPrepared:
         dynamic = [name for name, each in self.module.named_modules() if getattr(each, "is_dynamic", False)]
         if dynamic:
             raise ModelError(
-                f"{dynamic[0]!r} takes the range of each batch as it comes (is_dynamic=True), so that there is "
-                "nothing to calibrate: convert the model as it is, or prepare it with a static configuration"
+                f"{dynamic[0]!r} takes the range of each batch as it comes (is_dynamic=True): no calibration "
+                "reaches it; prepare the model with a static configuration, or convert it as it is"
             )
 
     def _refuse_fixed_batch(self) -> None:
