@@ -16,12 +16,14 @@ from torch.fx import GraphModule
 from torch.overrides import TorchFunctionMode
 
 __all__ = [
+    "Arguments",
     "Call",
     "capture_calls",
     "capture_inputs",
     "capture_outputs",
     "fork_rng",
     "module_modes",
+    "short_name",
 ]
 
 
@@ -107,8 +109,24 @@ def capture_outputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tens
         yield outputs
 
 
+def short_name(function: Callable[..., Any]) -> str:
+    """The name of a function of torch; ATen's operators have theirs in front of a dot."""
+    return str(getattr(function, "__name__", "")).partition(".")[0]
+
+
+class Arguments:
+    """What a function of torch was called with."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    def argument(self, place: int, name: str, default: Any = None) -> Any:
+        """An argument, however it was passed."""
+        return self.args[place] if len(self.args) > place else self.kwargs.get(name, default)
+
+
 @dataclass(frozen=True)
-class Call:
+class Call(Arguments):
     """One call of a function of torch: its short name, its arguments and the tensor that it returned."""
 
     name: str
@@ -116,13 +134,9 @@ class Call:
     output: Tensor
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
-    def argument(self, place: int, name: str, default: Any = None) -> Any:
-        """An argument, however it was passed."""
-        return self.args[place] if len(self.args) > place else self.kwargs.get(name, default)
-
 
 class _Recorder(TorchFunctionMode):
-    """Notes the calls of some functions; ATen's operators have the name in front of their dot."""
+    """Notes the calls of some functions."""
 
     def __init__(self, names: Collection[str], calls: list[Call]) -> None:
         super().__init__()
@@ -136,7 +150,7 @@ class _Recorder(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         output = func(*args, **(kwargs or {}))
-        name = getattr(func, "__name__", "").partition(".")[0]
+        name = short_name(func)
         if name in self.names and isinstance(output, Tensor):
             self.calls.append(Call(name, args, output, kwargs or {}))
         return output

@@ -87,8 +87,7 @@ class Facts:
     def from_standard(self, images: Tensor) -> Tensor:
         """Images of mean 0 and deviation 1 as the network's input, with the brightness and contrast of photographs.
 
-        Networks are told pixels from 0 to 1, from -1 to 1, or in units of ImageNet's channels, in
-        which nothing changes.
+        Networks are told pixels from 0 to 1, from -1 to 1, or in units of ImageNet's channels, where nothing changes.
         """
         centre, spread = self._photographs(images)
         return images * spread + centre

@@ -48,7 +48,6 @@ RECIPES: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     "mse-synthetic": ("adadfq", None, {"steps": 0, "rounding": "nearest"}),
     "mse-real": ("real_images", None, {"steps": 0, "rounding": "nearest"}),
     "rounded-synthetic": ("adadfq", None, {"steps": 0}),
-    "rounded-real": ("real_images", None, {"steps": 0}),
     "paper": ("adadfq", "paper_cifar", {}),
     "real": ("real_images", None, {}),
 }

@@ -480,27 +480,8 @@ class Stream(nn.Module):
         return cast(Tensor, self.head(x.mean(1)))
 
 
-class Token(nn.Module):
-    """A class token that is joined with the patches and cut off again between two sums of one stream."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.patch = nn.Conv2d(3, 8, 4, stride=4)
-        self.one, self.two, self.three = (nn.Linear(8, 8) for _ in range(3))
-        self.token = nn.Parameter(torch.randn(1, 1, 8))
-        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, models.CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.patch(x).flatten(2).transpose(1, 2)
-        x = x + self.one(x)
-        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1)
-        token, patches = x.split([1, x.shape[1] - 1], 1)
-        x = torch.cat([token + self.two(token), patches[:, :9] + self.three(patches[:, :9])], 1)
-        return cast(Tensor, self.head(self.norm(x)[:, 0]))
-
-
 def test_a_stream_is_followed_through_its_parts() -> None:
-    prepared: Any = FXBackend().prepare(Token().eval(), models.SIZE, Scheme())
+    prepared: Any = FXBackend().prepare(models.Token().eval(), models.SIZE, Scheme())
     opened, batch = FXPrepared(prepared), models.images(16)
     # three sums, two concatenations, the LayerNorm
     assert "6 calls stay in float: a stream of sums that LayerNorm reads" in opened.notes

@@ -332,25 +332,8 @@ def test_a_stream_that_layer_norm_reads_stays_in_float() -> None:
     assert levels(prepared, ATEN.matmul.default) == [63, 63, 63, 63]
 
 
-class Token(nn.Module):
-    """A class token that is joined with the patches and cut off again between two sums of one stream."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.norm, self.inner = nn.Conv2d(3, 8, 4, stride=4), nn.LayerNorm(8), nn.Linear(8, 8)
-        self.token, self.head = nn.Parameter(torch.randn(1, 1, 8)), nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(x).flatten(2).transpose(1, 2)
-        x = x + self.inner(x)
-        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1)
-        token, patches = x.split([1, x.shape[1] - 1], 1)
-        x = torch.cat([token + self.inner(token), patches[:, :9] + self.inner(patches[:, :9])], 1)
-        return cast(Tensor, self.head(self.norm(x)[:, 0]))
-
-
 def test_a_stream_is_followed_through_its_parts() -> None:
-    prepared: Any = PT2EBackend().prepare(Token().eval(), models.SIZE, Scheme(activation_bits=6))
+    prepared: Any = PT2EBackend().prepare(models.Token().eval(), models.SIZE, Scheme(activation_bits=6))
     sums = [node for node in prepared.graph.nodes if node.target is ATEN.add.Tensor]
     assert len(sums) == 3
     for node in sums:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from adadfq_plugin.contracts import Phase, Prepared
 from adadfq_plugin.fake_quantize import LearnedQuantizer
 from adadfq_plugin.functional import compensated_weights
+from adadfq_plugin.hooks import Arguments, short_name
 
 __all__ = ["round_weights"]
 
@@ -76,7 +77,7 @@ class _Layers(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        name = getattr(func, "__name__", "").partition(".")[0]
+        name = short_name(func)
         if name in KERNELS:
             call = _Call(func, name, args, kwargs or {})
             weight = call.argument(1, "weight")
@@ -87,17 +88,13 @@ class _Layers(TorchFunctionMode):
 
 
 @dataclass
-class _Call:
+class _Call(Arguments):
     """A call of ``linear``, ``conv1d`` or ``conv2d``, of torch's functions or of ATen's operators."""
 
     function: Callable[..., Tensor]
     name: str
     args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def argument(self, place: int, name: str, default: Any = None) -> Any:
-        """An argument, however it was passed."""
-        return self.args[place] if len(self.args) > place else self.kwargs.get(name, default)
+    kwargs: Mapping[str, Any]
 
     @property
     def groups(self) -> int:

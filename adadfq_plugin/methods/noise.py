@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from adadfq_plugin.config import Settings
 from adadfq_plugin.contracts import Outcome, Task
@@ -22,11 +23,16 @@ class Noise:
     settings = Settings
     presets: Mapping[str, Mapping[str, Any]] = {}
 
+    @staticmethod
+    def draw(count: int, size: tuple[int, int, int], generator: torch.Generator) -> Tensor:
+        """Inputs (count, channels, height, width) on the CPU."""
+        return torch.randn(count, *size, generator=generator)
+
     def calibrate(self, task: Task) -> Outcome:
         """Ranges, training of Q on noise."""
         run = Run(task, views=False)  # a view of noise is another, smoother noise
-        shape = (run.plan.batch_size, *task.teacher.facts.input_size)
-        run.fill(lambda: run.answered(torch.randn(shape, generator=run.rng)))
+        count, size = run.plan.batch_size, task.teacher.facts.input_size
+        run.fill(lambda: run.answered(self.draw(count, size, run.rng)))
         run.observe()
         run.play()
         return run.outcome(self.name)
