@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from adadfq_plugin import functional
+from adadfq_plugin import comparison
 from adadfq_plugin.choice import (
     AUTO,
     NOTES,
@@ -23,12 +23,12 @@ from adadfq_plugin.choice import (
     scheme_of,
 )
 from adadfq_plugin.config import Scheme, Settings
-from adadfq_plugin.contracts import Outcome, Phase, Prepared, Progress, Task
+from adadfq_plugin.contracts import Progress, Task
 from adadfq_plugin.dataset import SyntheticDataset
-from adadfq_plugin.errors import ModelError, SettingsError, first_line
+from adadfq_plugin.errors import SettingsError, first_line
 from adadfq_plugin.history import History
 from adadfq_plugin.hooks import fork_rng, module_modes
-from adadfq_plugin.teacher import Facts, Teacher, device_of, find_facts, make_teacher, refuse_nan
+from adadfq_plugin.teacher import Facts, device_of, find_facts, make_teacher, refuse_nan
 
 __all__ = [
     "AUTO",
@@ -43,10 +43,6 @@ __all__ = [
     "quantize",
     "synthesize",
 ]
-
-
-NOT_THE_TEACHER = 0.01
-"""Largest difference of logits, relative to the largest one, between a network and its prepared copy."""
 
 
 @dataclass
@@ -209,11 +205,14 @@ def calibrate(
         opened.module.to(memory_format=torch.channels_last)
     opened.module.to(where)
     if teacher is not None:
-        told += _not_the_teacher(frozen, opened, where)
+        difference = comparison.not_the_teacher(frozen, opened, where)
+        if difference:
+            told.append(difference)
+            warnings.warn(f"adadfq_plugin: {difference}", UserWarning, stacklevel=2)
     with fork_rng(seed, where):
         task = Task(frozen, opened, made, seed, where, progress or _silent, minutes)
         outcome = chosen.calibrate(task)
-        figures = _figures(frozen, opened, outcome, where)
+        figures = comparison.figures(frozen, opened, outcome.samples, where)
         opened.module.to(device_of(prepared)).to(memory_format=torch.contiguous_format)
         opened.commit()
     return Result(
@@ -241,53 +240,6 @@ def _device(device: torch.device | str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise SettingsError(f"device {str(device)!r} can't be used: {first_line(error)}") from error
     return where
-
-
-def _not_the_teacher(teacher: Teacher, prepared: Prepared, device: torch.device) -> list[str]:
-    """A warning where what was prepared, before it is quantized, computes something else than the teacher."""
-    size = teacher.facts.input_size
-    noise = torch.randn(4, *size, generator=torch.Generator().manual_seed(0))
-    images = teacher.facts.from_standard(noise).to(device)
-    twin = prepared.reference()  # the toolkit's own observers can't be told not to observe
-    with torch.no_grad(), twin.phase(Phase.FLOAT):
-        expected, found = teacher(images), twin.module(images)
-    if found.shape != expected.shape:
-        raise ModelError(
-            f"the prepared model gives {found.shape[-1]} logits, the teacher {expected.shape[-1]}: prepare a copy of "
-            "the teacher itself"
-        )
-    error = float(
-        (found - expected).abs().max() / expected.abs().max().clamp_min(torch.finfo(torch.float).tiny)
-    )
-    if error <= NOT_THE_TEACHER:
-        return []
-    line = (
-        f"the prepared model is not the teacher: before anything is quantized its logits differ by {error:.1%}. "
-        "It was trained since, or copied from another network, or torchao has given its BatchNorm layers another "
-        "epsilon (1e-5 in quantization-aware layers)"
-    )
-    warnings.warn(f"adadfq_plugin: {line}", UserWarning, stacklevel=3)
-    return [line]
-
-
-def _figures(teacher: Teacher, prepared: Prepared, outcome: Outcome, device: torch.device) -> dict[str, Any]:
-    """How far Q is from P on the samples that were kept."""
-    z_p, z_q = [], []
-    network, place = prepared.module, device
-    if not prepared.trainable:  # the toolkit's own observers quantize nothing, and would go on observing
-        network, place = prepared.convert(), torch.device("cpu")
-    with torch.no_grad(), prepared.phase(Phase.EVALUATE):
-        for start in range(0, len(outcome.samples), 16):
-            images = outcome.samples.images(start, start + 16)
-            z_p.append(teacher(images.to(device)).cpu())
-            z_q.append(network(images.to(place)).cpu())
-    p, q = torch.cat(z_p), torch.cat(z_q)
-    information = functional.disagreement_information(p, q)
-    return {
-        "information": functional.normalized_information(information, p.shape[1]),
-        "agreement": functional.top1_agreement(p, q),
-        "sqnr_db": functional.sqnr_db(p, q),
-    }
 
 
 def quantize(

@@ -13,10 +13,8 @@ from pydantic import Field
 from adadfq_plugin.config import Settings
 from adadfq_plugin.contracts import Outcome, Task
 from adadfq_plugin.errors import SettingsError
+from adadfq_plugin.game.pace import KEPT_OUT
 from adadfq_plugin.game.run import Run
-
-HELD_OUT = 64
-"""Real images that Q's states are judged by where it is trained."""
 
 
 class RealSettings(Settings):
@@ -38,7 +36,7 @@ class RealImages:
         assert isinstance(settings, RealSettings)
         images, _ = rulers.images(settings.network)
         images = images[rulers.seen(settings.network, len(images))]
-        kept_out = 0 if settings.steps == 0 else HELD_OUT + len(images) % HELD_OUT  # whole batches
+        kept_out = len(images) // KEPT_OUT
         samples = settings.samples or len(images) - kept_out
         if samples > len(images) - kept_out:
             raise SettingsError(f"samples = {samples}: there are {len(images) - kept_out} real images")

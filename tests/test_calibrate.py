@@ -18,7 +18,7 @@ from torch.ao.quantization import get_default_qconfig_mapping
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
 import adadfq_plugin
-from adadfq_plugin import api
+from adadfq_plugin import api, comparison
 from adadfq_plugin.config import AdaDFQSettings, Settings
 from adadfq_plugin.contracts import Method
 from adadfq_plugin.errors import AdaDFQError, ModelError, SettingsError, UnknownNameError
@@ -168,7 +168,7 @@ def test_figures_do_not_feed_the_observers(monkeypatch: pytest.MonkeyPatch) -> N
 
     measured = calibrated()
     nothing = {"information": torch.zeros(0), "agreement": 0.0, "sqnr_db": 0.0}
-    monkeypatch.setattr(api, "_figures", lambda *_: nothing)
+    monkeypatch.setattr(comparison, "figures", lambda *_: nothing)
     assert all(torch.equal(measured[name], value) for name, value in calibrated().items())
     assert len(measured) > 3
 

@@ -346,7 +346,7 @@ def test_the_best_state_comes_back() -> None:
     parameters = list(opened.weights())
     good = [parameter.detach().clone() for parameter in parameters]
     with opened.phase(Phase.TRAIN):
-        best = BestState(opened, models.teacher(), batch, parameters)
+        best = BestState(opened, models.teacher(), batch, parameters, 4.0)
         first = best.look(0)
         with torch.no_grad():
             for parameter in parameters:
@@ -362,7 +362,7 @@ def test_the_best_state_comes_back() -> None:
         assert not best.restore()  # as good as the best
         with torch.no_grad():
             parameters[0].fill_(torch.nan)
-        worse = BestState(opened, models.teacher(), batch, parameters)
+        worse = BestState(opened, models.teacher(), batch, parameters, 4.0)
         worse.look(0)
         with torch.no_grad():
             parameters[0].copy_(good[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -33,6 +34,8 @@ SHARE = {"warmup": 0.15, "samples": 0.35, "game": 0.45}
 """What the phases take of the user's minutes, in proportion: those that don't run leave theirs to the others."""
 REST = 0.05
 """Share of the user's minutes for the ranges and the report."""
+KEPT_OUT = 8
+"""Every how manieth image judges Q's states instead of teaching it: some of every way that images are made in."""
 MEASURED = 3
 """Steps timed before a phase with a time limit knows its length."""
 
@@ -74,7 +77,8 @@ class Plan:
         if self.minutes is None or phase in self.told or lengths[phase] == 0:
             return Pace(lengths[phase])
         running = sum(SHARE[each] for each, steps in lengths.items() if steps and each not in self.told)
-        batches = -(-self.samples // self.generator_batch_size) + 1 if phase == "samples" else 1
+        drawn = self.samples * KEPT_OUT / (KEPT_OUT - 1)
+        batches = math.ceil(drawn / self.generator_batch_size) if phase == "samples" else 1
         seconds = self.minutes * 60 * (1 - REST) * SHARE[phase] / running / batches
         return Pace(lengths[phase], max(0.0, seconds - spent), self.most.get(phase, sys.maxsize))
 

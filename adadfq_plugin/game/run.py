@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adadfq_plugin.config import AdaDFQSettings, GeneratorSettings
 from adadfq_plugin.contracts import Outcome, Phase, Prepared, Task
 from adadfq_plugin.dataset import SyntheticDataset
 from adadfq_plugin.game.best import BestState
 from adadfq_plugin.game.generator import GeneratorPlayer
-from adadfq_plugin.game.pace import Pace, make_plan
+from adadfq_plugin.game.pace import KEPT_OUT, Pace, make_plan
 from adadfq_plugin.game.pool import ReplayPool, augment, mixed
 from adadfq_plugin.game.quantized import QuantizedPlayer, feature_weight, in_pieces
 from adadfq_plugin.game.rounding import round_weights
@@ -87,15 +87,21 @@ class Run:
             self.fill(lambda: player.kept(prior, self.plan.pace("samples")))
 
     def fill(self, draw: Callable[[], tuple[Tensor, Tensor, Mapping[str, float]]]) -> None:
-        """Draws batches of images, labels and figures until the pool is full, and one more for Q's states."""
+        """Draws batches of images, labels and figures until the pool is full; some of each judge Q's states instead."""
+        judged = (self._trains or self._rounds) and self.task.settings.keep_best
+        apart: list[Tensor] = []
+        drawn = 0
         with self._timed("samples"):
             while len(self.pool) < self.plan.samples:
                 images, labels, figures = draw()
+                drawn += len(images)
+                number = torch.arange(drawn - len(images), drawn) + 1
+                learned = (number % KEPT_OUT > 0) | (not judged)
+                apart.append(images[~learned])
                 missing = self.plan.samples - len(self.pool)
-                self.pool.add(images[:missing], labels[:missing])
+                self.pool.add(images[learned][:missing], labels[learned][:missing])
                 self._report("samples", len(self.pool), self.plan.samples, dict(figures))
-            if (self._trains or self._rounds) and self.task.settings.keep_best:
-                self.held_out, _, _ = draw()
+        self.held_out = torch.cat(apart)
 
     @property
     def _trains(self) -> bool:
@@ -127,7 +133,7 @@ class Run:
                 self._round_weights(self._shown(images[:most]))
 
     def _round_weights(self, images: Tensor) -> None:
-        prepared, teacher = self.task.prepared, self.task.teacher
+        prepared = self.task.prepared
         reference = prepared.reference()
         if self._trains and feature_weight(self.task.settings, prepared.lowest_bits):
             self._reference = reference
@@ -138,7 +144,7 @@ class Run:
         seconds = None if self.plan.minutes is None else self.plan.minutes * 60 * ROUNDING
         best = None
         if len(self.held_out):
-            best = BestState(prepared, teacher, self._shown(self.held_out), prepared.weights())
+            best = self._best(prepared.weights())
             with prepared.phase(Phase.EVALUATE):
                 best.look(0)
         late = round_weights(prepared, reference, images, self.rng, tell, seconds)
@@ -183,14 +189,18 @@ class Run:
                 f"{learner.skipped} of {pace.step} updates of Q were left out: their gradients were not finite"
             )
 
+    def _best(self, parameters: Sequence[nn.Parameter]) -> BestState:
+        task = self.task
+        images = self.held_out.to(task.device)
+        return BestState(task.prepared, task.teacher, images, parameters, task.settings.temperature)
+
     @contextmanager
     def _judged(self, learner: QuantizedPlayer, pace: Pace) -> Iterator[Callable[[], Mapping[str, float]]]:
         """What to ask after each step for figures of Q's state; at the end, training that did harm is taken back."""
         if not len(self.held_out):
             yield dict
             return
-        held_out = self._shown(self.held_out)
-        best = BestState(self.task.prepared, self.task.teacher, held_out, learner.parameters)
+        best = self._best(learner.parameters)
         best.look(0)
         yield lambda: {"held_out": best.look(pace.step)} if best.due(pace.step, pace.total) else {}
         if best.looked < pace.step:  # a time limit is known to have ended only then
