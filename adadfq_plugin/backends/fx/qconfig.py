@@ -14,12 +14,21 @@ from adadfq_plugin.config import Scheme
 
 __all__ = ["qconfig_mapping"]
 
+GLOBAL_AVERAGES = (
+    torch.nn.AdaptiveAvgPool1d,
+    torch.nn.AdaptiveAvgPool2d,
+    torch.nn.AdaptiveAvgPool3d,
+    torch.nn.functional.adaptive_avg_pool2d,
+)
+"""In float between two quantizers: the integer ones return the levels of what they take, of which means use few."""
+
 
 def qconfig_mapping(scheme: Scheme, *, float_modules: Iterable[str] = ()) -> QConfigMapping:
     """The mapping for ``prepare_qat_fx`` at the widths of a scheme.
 
-    Operations with ranges of their own (sigmoid, softmax) keep torch.ao's fixed ones. The input and the
-    logits take ``boundary_bits`` when the model is calibrated.
+    Operations with ranges of their own (sigmoid, softmax) keep torch.ao's fixed ones. Adaptive averages are taken
+    in float, of quantized values, and quantized again. The input and the logits take ``boundary_bits`` when the
+    model is calibrated.
 
     Args:
         scheme: widths and engine.
@@ -53,6 +62,8 @@ def qconfig_mapping(scheme: Scheme, *, float_modules: Iterable[str] = ()) -> QCo
     for operation, qconfig in default.object_type_qconfigs.items():
         if qconfig is not None and _has_fixed_range(qconfig):
             mapping.set_object_type(operation, QConfig(activation=qconfig.activation, weight=weight))
+    for average in GLOBAL_AVERAGES:
+        mapping.set_object_type(average, None)
     for name in float_modules:
         mapping.set_module_name(name, None)
     return mapping
