@@ -305,9 +305,29 @@ def test_every_layer_and_sum_is_quantized_and_the_boundary_is_wide() -> None:
     assert opened.lowest_bits == 3
     assert levels(opened.module, ATEN.conv2d.default) == [127, 3, 15, 3, 15, 3]
     assert levels(opened.module, ATEN.linear.default) == [15, 3]
-    assert levels(opened.module, ATEN.add.Tensor) == [15, 15]
+    assert levels(opened.module, ATEN.add.Tensor) == [None, 15]
     (output,) = [node for node in opened.module.graph.nodes if node.op == "output"]
     assert opened.module.get_submodule(output.args[0][0].target).quant_max == 127
+
+
+class Sums(nn.Module):
+    """Of two convolutions; of one that is read twice; of a product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.twice = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+        self.norm, self.head = nn.BatchNorm2d(3), nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.left(x) + self.norm(self.right(x)))
+        y = self.twice(x)
+        x = torch.relu(y + x)
+        return cast(Tensor, self.head((x * y + x).mean((2, 3))))
+
+
+def test_a_kernel_that_adds_needs_no_levels_of_its_own() -> None:
+    opened = PT2EBackend().open(PT2EBackend().prepare(Sums().eval(), models.SIZE, Scheme(activation_bits=6)))
+    assert levels(opened.module, ATEN.add.Tensor) == [None, 63, 63, 63, 63, 63]
 
 
 class Block(nn.Module):

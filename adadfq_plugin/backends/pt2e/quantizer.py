@@ -73,7 +73,8 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
     """Affine activations per tensor, symmetric weights per channel, at the widths of a scheme.
 
     Quantized is what goes into convolutions, linear layers, products, sums and poolings, and the logits. The
-    sums of a stream that LayerNorm reads stay in float: no integer kernel adds them.
+    sums of a stream that LayerNorm reads stay in float: no integer kernel adds them. One convolution of a sum is
+    not rounded before it, for its kernel takes the other operand in.
 
     Args:
         scheme: widths; the input and the logits take ``boundary_bits``.
@@ -202,14 +203,25 @@ def _normed_sums(model: GraphModule) -> set[Node]:
     )
 
 
+def _adding(node: Node) -> Node | None:
+    """The convolution whose kernel adds the other operand itself, before it rounds; None where there is none."""
+    if node.target not in (aten.add.Tensor, aten.add_.Tensor):
+        return None
+    for each in node.all_input_nodes:
+        layer = each.all_input_nodes[0] if each.target is aten.batch_norm.default else each
+        if layer.target in CONVOLUTIONS and len(each.users) == len(layer.users) == 1:
+            return each
+    return None
+
+
 def _operands(node: Node, normed: set[Node]) -> list[Any]:
     """The activations that an integer form of the call would read."""
     if node.target in WEIGHTED:
         return [node.args[0]] if is_constant(node.args[1]) else []
     if node.target in PRODUCTS:
         return list(node.args)
-    if node.target in SUMS and node not in normed:
-        return list(node.args) if all(map(_is_float, node.args)) else []
+    if node.target in SUMS and node not in normed and all(map(_is_float, node.args)):
+        return [each for each in node.args if each is not _adding(node)]
     if node.target in AVERAGES or node.target in MAXIMA:
         return [node.args[0]]
     return []
