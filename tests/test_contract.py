@@ -285,11 +285,11 @@ def test_rounding_makes_up_for_its_errors(backend: Backend, network: str, bits: 
 
 
 class Twice(nn.Module):
-    """A layer that is called twice, and two that share their weights."""
+    """A layer in groups that is called twice, and two that share their weights."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.twice = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1)
+        self.stem, self.twice = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1, groups=2)
         self.one, self.other, self.head = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.Linear(8, models.CLASSES)
         self.other.weight = self.one.weight
 
@@ -298,9 +298,11 @@ class Twice(nn.Module):
         return cast(Tensor, self.head(self.other(self.one(x).relu()).mean((2, 3))))
 
 
-def test_rounding_of_weights_that_are_used_twice(backend: Backend) -> None:
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_rounding_of_weights_that_are_used_twice(backend: Backend, layout: torch.memory_format) -> None:
     torch.manual_seed(0)
     opened = backend.open(backend.prepare(Twice().eval(), models.SIZE, Scheme(weight_bits=4)))
+    opened.module.to(memory_format=layout)
     batch = models.images(128)
     models.observed(opened, batch)
     exact, nearest = logits(opened, Phase.FLOAT, batch), logits(opened, Phase.EVALUATE, batch)

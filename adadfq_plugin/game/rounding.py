@@ -248,5 +248,5 @@ def _round(layer: _Layer, call: _Call, rng: torch.Generator) -> bool:
     )
     grouped = weight.detach().reshape(groups, len(weight) // groups, -1).to(where)
     found = compensated_weights(grouped, step, lower, upper, moments / count)
-    weight.copy_(found.view_as(weight))
+    weight.copy_(found.reshape(weight.shape))
     return True
