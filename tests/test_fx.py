@@ -213,6 +213,19 @@ def test_activations_take_few_levels() -> None:
     assert max(each.unique().numel() for each in of_q.values() if each.ndim == 4) <= 8
 
 
+def test_global_averages_have_levels_of_their_own() -> None:
+    opened = FXBackend().open(models.prepared(4))
+    models.observed(opened, models.images(64))
+    calls: dict[Any, Any] = {node.target: node for node in opened.module.graph.nodes}
+    (behind,) = calls["linear"].all_input_nodes
+    assert calls["pool"] in behind.args[0].all_input_nodes  # nothing is rounded between the two
+    before, after = (opened.module.get_submodule(each.target) for each in (calls["pool"].args[0], behind))
+    assert isinstance(before, LearnedFakeQuantize)
+    assert isinstance(after, LearnedFakeQuantize)
+    assert before.quant_max == after.quant_max == 15
+    assert bool(after.scale < 0.8 * before.scale)
+
+
 def test_boundary_takes_eight_bits() -> None:
     opened = FXBackend().open(models.prepared(4))
     levels = [

@@ -15,19 +15,16 @@ from torch.fx import GraphModule, Node
 from adadfq_plugin.backends.fx.fake_quantize import LearnedFakeQuantize
 from adadfq_plugin.backends.fx.graphs import INTEGER, called, module_of, prepared_attributes, quantizer_nodes
 
-__all__ = ["POOLINGS", "average_channels_last", "clip_weights", "saturate_activations"]
+__all__ = ["ADAPTIVE_AVERAGES", "POOLINGS", "average_channels_last", "clip_weights", "saturate_activations"]
 
 WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.ConvTranspose1d, nn.ConvTranspose2d)
-POOLINGS = (
+ADAPTIVE_AVERAGES = (
     nn.AdaptiveAvgPool1d,
     nn.AdaptiveAvgPool2d,
     nn.AdaptiveAvgPool3d,
-    nn.AvgPool1d,
-    nn.AvgPool2d,
-    nn.AvgPool3d,
     nn.functional.adaptive_avg_pool2d,
-    nn.functional.avg_pool2d,
 )
+POOLINGS = (*ADAPTIVE_AVERAGES, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.functional.avg_pool2d)
 
 
 def _constant(quantizer: LearnedFakeQuantize) -> LearnedFakeQuantize:

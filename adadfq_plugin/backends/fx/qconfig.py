@@ -9,18 +9,11 @@ import torch
 from torch.ao.quantization import QConfig, QConfigMapping, get_default_qat_qconfig_mapping
 
 from adadfq_plugin.backends.fx.fake_quantize import LearnedFakeQuantize
+from adadfq_plugin.backends.fx.finishing import ADAPTIVE_AVERAGES
 from adadfq_plugin.backends.fx.kernels import best_engine
 from adadfq_plugin.config import Scheme
 
 __all__ = ["qconfig_mapping"]
-
-GLOBAL_AVERAGES = (
-    torch.nn.AdaptiveAvgPool1d,
-    torch.nn.AdaptiveAvgPool2d,
-    torch.nn.AdaptiveAvgPool3d,
-    torch.nn.functional.adaptive_avg_pool2d,
-)
-"""In float between two quantizers: the integer ones return the levels of what they take, of which means use few."""
 
 
 def qconfig_mapping(scheme: Scheme, *, float_modules: Iterable[str] = ()) -> QConfigMapping:
@@ -62,7 +55,9 @@ def qconfig_mapping(scheme: Scheme, *, float_modules: Iterable[str] = ()) -> QCo
     for operation, qconfig in default.object_type_qconfigs.items():
         if qconfig is not None and _has_fixed_range(qconfig):
             mapping.set_object_type(operation, QConfig(activation=qconfig.activation, weight=weight))
-    for average in GLOBAL_AVERAGES:
+    for (
+        average
+    ) in ADAPTIVE_AVERAGES:  # the integer ones return the levels of what they take; means use few of them
         mapping.set_object_type(average, None)
     for name in float_modules:
         mapping.set_module_name(name, None)

@@ -221,7 +221,8 @@ def _operands(node: Node, normed: set[Node]) -> list[Any]:
     if node.target in PRODUCTS:
         return list(node.args)
     if node.target in SUMS and node not in normed and all(map(_is_float, node.args)):
-        return [each for each in node.args if each is not _adding(node)]
+        unrounded = _adding(node)
+        return [each for each in node.args if each is not unrounded]
     if node.target in AVERAGES or node.target in MAXIMA:
         return [node.args[0]]
     return []
