@@ -241,7 +241,7 @@ def main() -> None:
             tables.save({**tables.read(chosen.json), key: row}, chosen.json)
     rows = tables.read(chosen.json)
     if chosen.json.resolve() == tables.ROWS:
-        tables.write(rows)
+        tables.between(tables.MARKS, tables.tables(rows))
     else:
         print(tables.tables(rows))
     if chosen.plot and not tables.plot(rows, chosen.plot):

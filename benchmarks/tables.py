@@ -116,11 +116,11 @@ def _figures(cells: Sequence[Row]) -> list[str]:
     ]
 
 
-def write(rows: dict[str, Row]) -> None:
-    """Writes the tables between their marks in docs/results.md."""
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(MARKS[0])
-    _, _, after = rest.partition(MARKS[1])
-    PAGE.write_text(f"{before}{MARKS[0]}{tables(rows)}\n{MARKS[1]}{after}", encoding="utf-8")
+def between(marks: tuple[str, str], text: str) -> None:
+    """Writes a text between its marks in docs/results.md."""
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(marks[0])
+    _, _, after = rest.partition(marks[1])
+    PAGE.write_text(f"{before}{marks[0]}{text}\n{marks[1]}{after}", encoding="utf-8")
 
 
 def plot(rows: dict[str, Row], file: Path) -> bool:

@@ -27,6 +27,9 @@ PLACES = 8192
 """Outputs whose inputs tell a layer's second moments."""
 WIDEST = 4608
 """Inputs of an output, 512 channels of 3x3: the inverse of more takes minutes."""
+UPSTREAM = 0.1
+"""How far a bias follows a shift of the layer's inputs, in deviations of the output: synthetic images lose what they
+show sooner than photographs do, and the shift of a deep layer is theirs alone."""
 IN_MEMORY = 2**24
 """Values of a layer's inputs that are laid out at a time."""
 
@@ -112,10 +115,10 @@ class _Call(Arguments):
             kwargs["weight"] = weight
         return self.function(*args, **kwargs)
 
-    def means(self, output: Tensor) -> Tensor:
-        """The mean of each output channel."""
+    def by_channel(self, output: Tensor) -> Tensor:
+        """The values of each output channel (channels, K)."""
         channels = 1 if KERNELS[self.name] and output.ndim == KERNELS[self.name] + 2 else output.ndim - 1
-        return output.movedim(channels, 0).flatten(1).mean(1)
+        return output.movedim(channels, 0).flatten(1)
 
     def inputs(self, rng: torch.Generator) -> Iterator[Tensor]:
         """What outputs at random places are products of, piece by piece: (groups, places, K)."""
@@ -184,7 +187,7 @@ def round_weights(
 
     Source: the weights by :func:`~adadfq_plugin.functional.compensated_weights`; the biases after Nagel et al.,
     "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019, arXiv 1906.04721, section 4.2,
-    with the means measured.
+    with the means measured and the inputs' part of them bounded.
     """
     expected: dict[str, Tensor] = {}
     seen: set[str] = set()
@@ -194,7 +197,7 @@ def round_weights(
 
     def measure(layer: _Layer, call: _Call) -> Tensor:
         output = call.result()
-        expected.setdefault(layer.name, call.means(output))
+        expected.setdefault(layer.name, call.by_channel(output).mean(1))
         return output
 
     def change(layer: _Layer, call: _Call) -> Tensor:
@@ -204,9 +207,11 @@ def round_weights(
         if first and layer.name in expected and _can_be_rounded(layer, call):
             if end is not None and time.monotonic() > end:
                 late += 1
-            elif _round(layer, call, rng):
-                rounded.add(layer.weight)
-                _correct_bias(layer, call, expected[layer.name])
+            else:
+                unrounded = call.by_channel(call.result(layer.weight))
+                if _round(layer, call, rng):
+                    rounded.add(layer.weight)
+                    _correct_bias(layer, call, expected[layer.name], unrounded)
         tell(min(len(seen), len(expected)), len(expected))
         # another call of the layer has been given the weights of before
         return call.result(layer.quantizer(layer.weight)) if layer.weight in rounded else call.result()
@@ -218,10 +223,21 @@ def round_weights(
     return late
 
 
-def _correct_bias(layer: _Layer, call: _Call, expected: Tensor) -> None:
+def _correct_bias(layer: _Layer, call: _Call, expected: Tensor, unrounded: Tensor) -> None:
+    """Takes back the shift of the means that rounding caused, and of the inputs' shift as much as is to be believed.
+
+    Args:
+        layer: with its new weights.
+        call: of the layer, with quantized inputs.
+        expected: means of the unquantized network (channels,).
+        unrounded: outputs of the layer's old weights for the quantized inputs (channels, K).
+    """
     bias = call.argument(2, "bias")
     if isinstance(bias, nn.Parameter) and bias.requires_grad:
-        shift = expected - call.means(call.result(layer.quantizer(layer.weight)))
+        own = unrounded.mean(1)
+        most = UPSTREAM * unrounded.std(1, correction=0)
+        upstream = torch.clamp(expected - own, -most, most)
+        shift = upstream + own - call.by_channel(call.result(layer.quantizer(layer.weight))).mean(1)
         bias.add_(torch.where(shift.isfinite(), shift, 0))
 
 

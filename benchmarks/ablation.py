@@ -1,0 +1,311 @@
+"""What each ingredient of the defaults brings: one row an ingredient that is taken out, one process a cell, resumable.
+
+    python benchmarks/ablation.py --schemes w4a4 w3a3 --seeds 0 1 2                 # all ingredients
+    python benchmarks/ablation.py --without game disagreement --seeds 0             # some
+    python benchmarks/ablation.py --merge other.json                                # into --json, and docs/results.md
+
+Ingredients of Q's training are taken out on one pool of images a seed, which is made once and kept in --pools: then
+nothing else differs. Ingredients of the images are taken out of pools of their own. Neither plays the game, whose
+parts have rows and a base of their own: there the images of the pool and those that join it come from one generator.
+Deployable protocol, converted by `fx`; see accuracy.py for the assets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any, ClassVar, cast
+from unittest import mock
+
+import rulers
+import tables
+import torch
+from accuracy import commit
+from torch.fx import GraphModule
+
+import adadfq_plugin
+from adadfq_plugin.backends.fx import best_engine
+from adadfq_plugin.config import AdaDFQSettings, Scheme
+from adadfq_plugin.contracts import Outcome, Task
+from adadfq_plugin.functional import kl_divergence_loss
+from adadfq_plugin.game import generator
+from adadfq_plugin.game.run import Run
+from adadfq_plugin.methods.adadfq import AdaDFQ
+
+ROWS = tables.HERE / "ablation.json"
+MARKS = "<!-- ablation -->\n", "<!-- end of ablation -->"
+NO_BOUNDARIES = {"alpha_ds": 0.0, "alpha_as": 0.0, "lambda_l": 0.0, "lambda_u": 1.0}
+COLUMNS = (
+    "without | top-1, mean (each) | loss of top-1, mean (each) | divergence, mean | more of it | seconds"
+)
+
+
+@dataclass(frozen=True)
+class Ingredient:
+    """One thing that the defaults have.
+
+    Args:
+        group: what it is a part of: ``training`` of Q, the ``images``, or the ``game``.
+        what: in words.
+        settings: changes that take it out.
+        views: whether Q sees views of its images.
+        recipes: ways of refining that are left, by their (spectrum, contrast, view); all where it is empty.
+    """
+
+    group: str
+    what: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    views: bool = True
+    recipes: tuple[int, ...] = ()
+
+
+INGREDIENTS: dict[str, Ingredient] = {
+    "training": Ingredient("training", "nothing (a fixed pool, no game)"),
+    "features": Ingredient("training", "activations in Q's loss", {"feature_weight": 0.0}),
+    "rounding": Ingredient("training", "rounding that makes up for errors", {"rounding": "nearest"}),
+    "ranges": Ingredient(
+        "training", "ranges of least squared error (instead: min/max)", {"ranges": "minmax"}
+    ),
+    "step sizes": Ingredient("training", "learned step sizes", {"learn_step_sizes": False}),
+    "mixup": Ingredient("training", "mixtures of two images", {"mixup": 0.0}),
+    "views": Ingredient("training", "views of Q's images", views=False),
+    "temperature": Ingredient("training", "a temperature of 4 (instead: 1)", {"temperature": 1.0}),
+    "kl": Ingredient("training", "the divergence (instead: the paper's loss)", {"loss": "information"}),
+    "keep best": Ingredient("training", "taking back what did harm", {"keep_best": False}),
+    "refining": Ingredient("images", "refining of images", {"refine_steps": 0}),
+    "second class": Ingredient("images", "a second class in an image", {"second_class": 0.0}),
+    "spectrum": Ingredient("images", "moves in photographs' spectrum", recipes=(4, 5, 6, 7)),
+    "pixels": Ingredient("images", "moves of single pixels", recipes=(0, 1, 2, 3)),
+    "contrast": Ingredient("images", "uneven contrast", recipes=(0, 1, 4, 5)),
+    "even": Ingredient("images", "even contrast", recipes=(2, 3, 6, 7)),
+    "enlarged": Ingredient("images", "enlarged views while refining", recipes=(1, 3, 5, 7)),
+    "moved": Ingredient("images", "moved views while refining", recipes=(0, 2, 4, 6)),
+    "game": Ingredient("game", "nothing (all of the defaults)"),
+    "boundaries": Ingredient("game", "both boundaries (G follows the prior alone)", NO_BOUNDARIES),
+    "balance": Ingredient("game", "the balance", {"beta": 0.0}),
+    "margin": Ingredient("game", "the margin", {"lambda_l": 0.0, "lambda_u": 1.0}),
+    "disagreement": Ingredient("game", "disagreement samples", {"alpha_ds": 0.0}),
+    "agreement": Ingredient("game", "agreement samples", {"alpha_as": 0.0}),
+}
+"""Its name is what the command line takes out; the first of a group is that group's base."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one process runs."""
+
+    network: str
+    scheme: str
+    without: str
+    samples: int
+    steps: int
+    seed: int
+
+    @property
+    def ingredient(self) -> Ingredient:
+        return INGREDIENTS[self.without]
+
+    @property
+    def pool(self) -> str:
+        """Name of the pool's file: one for all but those that change its images."""
+        own = self.without.replace(" ", "_") if self.ingredient.group == "images" else "all"
+        return f"{self.network}-{self.samples}-{own}-{self.seed}.pt"
+
+
+class FromPool(AdaDFQ):
+    """AdaDFQ that begins with a pool that was made before, or makes and keeps it."""
+
+    cell: ClassVar[Cell]
+    file: ClassVar[Path]
+
+    def calibrate(self, task: Task) -> Outcome:
+        ingredient = self.cell.ingredient
+        run = Run(task, views=ingredient.views)
+        player = run.player()
+        if self.file.exists():
+            made = torch.load(self.file)
+            run.pool.add(made["images"], made["labels"])
+            run.held_out = made["held_out"]
+            player.generator.load_state_dict(made["generator"])
+        else:
+            run.warm_up(player)
+            run.make_samples(player)
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            made = {"images": run.pool.images, "labels": run.pool.labels, "held_out": run.held_out}
+            torch.save({**made, "generator": player.generator.state_dict()}, self.file)
+        run.rng.manual_seed(task.seed)  # the same draws whether the pool is new or not
+        if not task.settings.keep_best:
+            run.held_out = torch.empty(0)
+        run.observe()
+        run.play(player if ingredient.group == "game" else None)
+        return run.outcome(self.name)
+
+
+@contextmanager
+def method(cell: Cell, pools: Path) -> Iterator[None]:
+    """AdaDFQ as the cell wants it, for a while."""
+    left = tuple(generator.RECIPES[each] for each in cell.ingredient.recipes) or generator.RECIPES
+    FromPool.cell, FromPool.file = cell, pools / cell.pool
+    with (
+        mock.patch.object(generator, "RECIPES", left),
+        mock.patch.object(AdaDFQ, "calibrate", lambda _, task: FromPool().calibrate(task)),
+    ):
+        yield
+
+
+def run(cell: Cell, pools: Path) -> tables.Row:
+    """Prepare, calibrate, convert; then the figures."""
+    from torch.ao.quantization.quantize_fx import convert_fx
+
+    torch.backends.quantized.engine = best_engine()
+    model, facts = rulers.load(cell.network)
+    scheme = Scheme(weight_bits=int(cell.scheme[1]), activation_bits=int(cell.scheme[3]))
+    prepared = adadfq_plugin.prepare(model, facts["input_size"], scheme=scheme)
+    values = {"samples": cell.samples, "steps": cell.steps, **cell.ingredient.settings}
+    start = time.monotonic()
+    with method(cell, pools):
+        result = adadfq_plugin.calibrate(
+            prepared, method="adadfq", settings=AdaDFQSettings(**values), seed=cell.seed, **facts
+        )
+    seconds = time.monotonic() - start
+    images, labels = rulers.images(cell.network)
+    prepared.eval()
+    with torch.no_grad():
+        z_p, z_q, z_c = (
+            torch.cat([network(batch) for batch in images.split(100)])
+            for network in (model, prepared, convert_fx(cast(GraphModule, prepared)))
+        )
+    return {
+        "cell": asdict(cell),
+        "float": (z_p.argmax(1) == labels).float().mean().item(),
+        "converted": (z_c.argmax(1) == labels).float().mean().item(),
+        "divergence": kl_divergence_loss(z_p, z_q, temperature=1.0).item(),
+        "seconds": seconds,
+        "notes": result.notes,
+        "commit": commit(),
+    }
+
+
+def write(rows: Mapping[str, tables.Row]) -> str:
+    """A table a network, width and group: each ingredient's loss against the base on the same seeds."""
+    parts = []
+    cells = [Cell(**row["cell"]) for row in rows.values()]
+    for network, scheme in sorted({(cell.network, cell.scheme) for cell in cells}):
+        for group in dict.fromkeys(each.group for each in INGREDIENTS.values()):
+            names = [name for name, each in INGREDIENTS.items() if each.group == group]
+            base = "game" if group == "game" else "training"
+            found = {
+                name: {
+                    row["cell"]["seed"]: row
+                    for row in rows.values()
+                    if (row["cell"]["network"], row["cell"]["scheme"], row["cell"]["without"])
+                    == (network, scheme, name)
+                }
+                for name in dict.fromkeys([base, *names])
+            }
+            lines = [_line(INGREDIENTS[name], of, found[base]) for name, of in found.items() if of]
+            if len(lines) < 2:
+                continue
+            one = next(iter(found[base].values()), None) or next(
+                row for of in found.values() for row in of.values()
+            )
+            about = f"{one['cell']['samples']} images, {one['cell']['steps']} steps of Q"
+            parts.append(
+                f"**{network}, {scheme.upper()}, {group}** ({about}; float {100 * one['float']:.2f})\n\n"
+                f"| {COLUMNS} |\n|{'---|' * (COLUMNS.count('|') + 1)}\n" + "\n".join(lines)
+            )
+    return "\n\n".join(parts)
+
+
+def _line(ingredient: Ingredient, of: Mapping[int, tables.Row], base: Mapping[int, tables.Row]) -> str:
+    def mean(values: list[float]) -> str:
+        return f"{statistics.mean(values):.3f}"
+
+    top1 = [100 * row["converted"] for _, row in sorted(of.items())]
+    pairs = [(base[seed], row) for seed, row in sorted(of.items()) if seed in base]
+    lost = [100 * (one["converted"] - other["converted"]) for one, other in pairs]
+    farther = [other["divergence"] / one["divergence"] - 1 for one, other in pairs]
+    is_base = of is base or not pairs
+    cells = [
+        ingredient.what,
+        f"{statistics.mean(top1):.2f} ({', '.join(f'{each:.2f}' for each in top1)})",
+        "" if is_base else f"{statistics.mean(lost):.2f} ({', '.join(f'{each:.2f}' for each in lost)})",
+        mean([row["divergence"] for row in of.values()]),
+        "" if is_base else f"{100 * statistics.mean(farther):+.0f} %",
+        f"{statistics.mean(row['seconds'] for row in of.values()):.0f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    several: dict[str, Any] = {"nargs": "+"}
+    parser.add_argument("--networks", **several, default=["resnet20"], choices=rulers.CIFAR[:2])
+    parser.add_argument("--schemes", **several, default=["w4a4", "w3a3"])
+    parser.add_argument("--without", **several, default=list(INGREDIENTS), choices=INGREDIENTS)
+    parser.add_argument("--samples", type=int, default=1024)
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--seeds", **several, type=int, default=[0])
+    parser.add_argument("--pools", type=Path, default=tables.HERE.parent / "build" / "pools")
+    parser.add_argument("--json", type=Path, default=ROWS, help="file of rows (default: %(default)s)")
+    parser.add_argument(
+        "--merge", nargs="*", type=Path, help="run nothing; take these files' rows into --json"
+    )
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Runs the cells that are missing, then writes the tables."""
+    chosen = options()
+    if chosen.cell:
+        warnings.simplefilter("ignore")
+        print(json.dumps(run(Cell(**json.loads(chosen.cell)), chosen.pools)))
+        return
+    failed = 0
+    if chosen.merge is not None:
+        tables.save(tables.read(chosen.json, *chosen.merge), chosen.json)
+    else:
+        if not rulers.ASSETS.is_dir():
+            raise SystemExit(f"no assets at {rulers.ASSETS}: set ADADFQ_ASSETS to their folder")
+        axes = chosen.seeds, chosen.without, chosen.networks, chosen.schemes
+        for seed, without, network, scheme in product(*axes):
+            cell = Cell(network, scheme, without, chosen.samples, chosen.steps, seed)
+            key = tables.key(asdict(cell))
+            if key in tables.read(chosen.json):
+                continue
+            command = [sys.executable, __file__, "--pools", str(chosen.pools), "--cell", key]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+            if done.returncode:  # its traceback has been seen
+                failed += 1
+                continue
+            row = json.loads(done.stdout.splitlines()[-1])
+            print(
+                key,
+                f"{100 * row['converted']:.2f} {row['divergence']:.4f} {row['seconds']:.0f} s",
+                flush=True,
+            )
+            tables.save({**tables.read(chosen.json), key: row}, chosen.json)
+    text = write(tables.read(chosen.json))
+    if chosen.json.resolve() == ROWS:
+        tables.between(MARKS, text)
+    else:
+        print(text)
+    if failed:
+        raise SystemExit(f"{failed} cells failed")
+
+
+if __name__ == "__main__":
+    main()
