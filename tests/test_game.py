@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, cast
 
 import models
@@ -523,6 +524,22 @@ def test_a_layers_inputs_are_what_its_outputs_are_products_of(
     call = rounding._Call(function, function.__name__.partition(".")[0], (x, weight, *rest), {})
     rows = torch.cat(list(call.inputs(torch.Generator().manual_seed(0))), 1)
     found = rows @ weight.reshape(call.groups, kernel[0] // call.groups, -1).mT  # (groups, places, outputs)
-    torch.testing.assert_close(found.mean(1).flatten(), call.means(output))
-    torch.testing.assert_close(found.square().mean(1).flatten(), call.means(output.square()))
+    torch.testing.assert_close(found.mean(1).flatten(), call.by_channel(output).mean(1))
+    torch.testing.assert_close(found.square().mean(1).flatten(), call.by_channel(output).square().mean(1))
     torch.testing.assert_close(call.result(2 * weight), 2 * output)
+
+
+def test_a_bias_follows_a_shift_of_the_inputs_no_farther_than_it_is_believed() -> None:
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(64, 6), torch.randn(3, 6), nn.Parameter(torch.zeros(3))
+    call = rounding._Call(F.linear, "linear", (x, weight, bias), {})
+    quantized = weight + torch.tensor([0.5, 0.0, 0.0]).unsqueeze(1)
+    layer: Any = SimpleNamespace(weight=weight, quantizer=lambda _: quantized)
+    unrounded = call.by_channel(call.result())
+    spread = unrounded.std(1, correction=0)
+    away = torch.tensor([0.0, 5.0, 0.05]) * spread
+    with torch.no_grad():
+        rounding._correct_bias(layer, call, unrounded.mean(1) + away, unrounded)
+    own = -0.5 * x.sum(1).mean()  # what rounding did is taken back whole
+    expected = torch.stack([own, 0.1 * spread[1], 0.05 * spread[2]])
+    torch.testing.assert_close(bias.detach(), expected)
