@@ -61,7 +61,7 @@ class Settings(_Frozen):
     learning_rate: Rate | None = Field(
         None,
         description="initial learning rate of Q's weights, under adam in quantization steps of each channel; "
-        "unset: 0.005 (sgd needs a rate of its own)",
+        "unset: 0.005 from 32 images a step, less from fewer (sgd needs a rate of its own)",
     )
     step_size_learning_rate: Rate | None = Field(
         None,

@@ -13,14 +13,14 @@ from torch.utils.checkpoint import checkpoint
 from adadfq_plugin.config import Settings
 from adadfq_plugin.contracts import Phase, Prepared
 from adadfq_plugin.functional import feature_loss, kl_divergence_loss, quantized_loss
-from adadfq_plugin.game.pace import Pace
+from adadfq_plugin.game.pace import BATCH, Pace
 from adadfq_plugin.teacher import Teacher
 
-__all__ = ["QuantizedPlayer", "default_step_rate", "feature_weight", "in_pieces"]
+__all__ = ["QuantizedPlayer", "default_rate", "default_step_rate", "feature_weight", "in_pieces"]
 
 
 RATE = 0.005
-"""Default learning rate of the weights under Adam, in quantization steps of each channel."""
+"""Default learning rate of the weights under Adam, in quantization steps of each channel, from 32 images a step."""
 FEATURES = {2: 10.0, 3: 10.0, 4: 10.0, 5: 10.0}
 """Default weight of the activations' loss by the narrowest width; none where it isn't named."""
 SAME = 1e-3
@@ -35,6 +35,16 @@ def default_step_rate(bits: int) -> float:
         (0.0005, 3.125e-05)
     """
     return 5e-4 * 2.0 ** (4 - bits)
+
+
+def default_rate(images: int) -> float:
+    """Learning rate of the weights: fewer images a step, noisier gradients, of which Adam keeps the sign alone.
+
+    Example:
+        >>> default_rate(64), default_rate(8)
+        (0.005, 0.00125)
+    """
+    return RATE * min(1.0, images / BATCH)
 
 
 def feature_weight(settings: Settings, bits: int) -> float:
@@ -74,6 +84,7 @@ class QuantizedPlayer:
         settings: losses and rates.
         pace: the phase that the schedule follows.
         reference: Q before its weights were changed, whose activations Q's are to match; None: as it is now.
+        images: how many come in a step.
     """
 
     def __init__(
@@ -83,6 +94,7 @@ class QuantizedPlayer:
         settings: Settings,
         pace: Pace,
         reference: Prepared | None = None,
+        images: int = BATCH,
     ) -> None:
         self.prepared, self.teacher, self.settings, self.pace = prepared, teacher, settings, pace
         self.feature_weight = feature_weight(settings, prepared.lowest_bits)
@@ -93,7 +105,7 @@ class QuantizedPlayer:
         steps = list(prepared.steps()) if settings.learn_step_sizes else []
         for step in steps:
             step.requires_grad_(True)
-        rate = settings.learning_rate or RATE
+        rate = settings.learning_rate or default_rate(images)
         self.parameters: list[nn.Parameter] = [*prepared.weights(), *steps]
         groups = [{"params": list(prepared.weights()), "lr": rate, "weight_decay": settings.weight_decay}]
         if steps:

@@ -173,7 +173,9 @@ class Run:
             return
         pace = self.plan.pace("game", spent=self.seconds.get("rounding", 0.0))
         task = self.task
-        learner = QuantizedPlayer(task.prepared, task.teacher, task.settings, pace, self._reference)
+        learner = QuantizedPlayer(
+            task.prepared, task.teacher, task.settings, pace, self._reference, self.plan.batch_size
+        )
         watching = player.watching() if player is not None else nullcontext()
         # P answers for the images kept out before it is watched
         with self._timed("game"), learner.learning(), self._judged(learner, pace) as judge, watching as prior:
