@@ -87,7 +87,9 @@ class Cell:
 
     def check(self) -> None:
         """Refuses now what can't be run."""
-        _ = self.widths, self.recipe
+        _, (_, settings) = self.widths, self.recipe
+        if self.minutes is not None and settings.steps is not None:
+            raise SystemExit(f"{self.method}: a time limit doesn't change steps that are set; --set steps=N")
         if self.method == "real" and self.network not in rulers.CIFAR:
             raise SystemExit(f"{self.network}: no real images to train on; all are needed for measuring")
         if self.protocol == "papers" and (self.network not in papers.NETWORKS or self.backend != "fx"):
