@@ -524,8 +524,8 @@ def test_a_layers_inputs_are_what_its_outputs_are_products_of(
     call = rounding._Call(function, function.__name__.partition(".")[0], (x, weight, *rest), {})
     rows = torch.cat(list(call.inputs(torch.Generator().manual_seed(0))), 1)
     found = rows @ weight.reshape(call.groups, kernel[0] // call.groups, -1).mT  # (groups, places, outputs)
-    torch.testing.assert_close(found.mean(1).flatten(), call.by_channel(output).mean(1))
-    torch.testing.assert_close(found.square().mean(1).flatten(), call.by_channel(output).square().mean(1))
+    torch.testing.assert_close(found.mean(1).flatten(), call.spread(output)[1])
+    torch.testing.assert_close(found.square().mean(1).flatten(), call.spread(output.square())[1])
     torch.testing.assert_close(call.result(2 * weight), 2 * output)
 
 
@@ -535,11 +535,10 @@ def test_a_bias_follows_a_shift_of_the_inputs_no_farther_than_it_is_believed() -
     call = rounding._Call(F.linear, "linear", (x, weight, bias), {})
     quantized = weight + torch.tensor([0.5, 0.0, 0.0]).unsqueeze(1)
     layer: Any = SimpleNamespace(weight=weight, quantizer=lambda _: quantized)
-    unrounded = call.by_channel(call.result())
-    spread = unrounded.std(1, correction=0)
-    away = torch.tensor([0.0, 5.0, 0.05]) * spread
+    deviation, mean = call.spread(call.result())
+    away = torch.tensor([0.0, 5.0, 0.05]) * deviation
     with torch.no_grad():
-        rounding._correct_bias(layer, call, unrounded.mean(1) + away, unrounded)
+        rounding._correct_bias(layer, call, mean + away, (deviation, mean))
     own = -0.5 * x.sum(1).mean()  # what rounding did is taken back whole
-    expected = torch.stack([own, 0.1 * spread[1], 0.05 * spread[2]])
+    expected = torch.stack([own, 0.1 * deviation[1], 0.05 * deviation[2]])
     torch.testing.assert_close(bias.detach(), expected)

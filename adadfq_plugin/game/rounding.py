@@ -115,10 +115,10 @@ class _Call(Arguments):
             kwargs["weight"] = weight
         return self.function(*args, **kwargs)
 
-    def by_channel(self, output: Tensor) -> Tensor:
-        """The values of each output channel (channels, K)."""
+    def spread(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        """The deviation and the mean of each output channel."""
         channels = 1 if KERNELS[self.name] and output.ndim == KERNELS[self.name] + 2 else output.ndim - 1
-        return output.movedim(channels, 0).flatten(1)
+        return torch.std_mean(output, [dim for dim in range(output.ndim) if dim != channels], correction=0)
 
     def inputs(self, rng: torch.Generator) -> Iterator[Tensor]:
         """What outputs at random places are products of, piece by piece: (groups, places, K)."""
@@ -197,7 +197,7 @@ def round_weights(
 
     def measure(layer: _Layer, call: _Call) -> Tensor:
         output = call.result()
-        expected.setdefault(layer.name, call.by_channel(output).mean(1))
+        expected.setdefault(layer.name, call.spread(output)[1])
         return output
 
     def change(layer: _Layer, call: _Call) -> Tensor:
@@ -208,7 +208,7 @@ def round_weights(
             if end is not None and time.monotonic() > end:
                 late += 1
             else:
-                unrounded = call.by_channel(call.result(layer.weight))
+                unrounded = call.spread(call.result(layer.weight))
                 if _round(layer, call, rng):
                     rounded.add(layer.weight)
                     _correct_bias(layer, call, expected[layer.name], unrounded)
@@ -223,21 +223,21 @@ def round_weights(
     return late
 
 
-def _correct_bias(layer: _Layer, call: _Call, expected: Tensor, unrounded: Tensor) -> None:
+def _correct_bias(layer: _Layer, call: _Call, expected: Tensor, unrounded: tuple[Tensor, Tensor]) -> None:
     """Takes back the shift of the means that rounding caused, and of the inputs' shift as much as is to be believed.
 
     Args:
         layer: with its new weights.
         call: of the layer, with quantized inputs.
         expected: means of the unquantized network (channels,).
-        unrounded: outputs of the layer's old weights for the quantized inputs (channels, K).
+        unrounded: deviations and means of what the old weights give for the quantized inputs, each (channels,).
     """
     bias = call.argument(2, "bias")
     if isinstance(bias, nn.Parameter) and bias.requires_grad:
-        own = unrounded.mean(1)
-        most = UPSTREAM * unrounded.std(1, correction=0)
-        upstream = torch.clamp(expected - own, -most, most)
-        shift = upstream + own - call.by_channel(call.result(layer.quantizer(layer.weight))).mean(1)
+        deviation, own = unrounded
+        most = UPSTREAM * deviation
+        _, now = call.spread(call.result(layer.quantizer(layer.weight)))
+        shift = own - now + torch.clamp(expected - own, -most, most)
         bias.add_(torch.where(shift.isfinite(), shift, 0))
 
 
