@@ -110,7 +110,7 @@ class GeneratorSettings(Settings):
     generator_learning_rate: Rate = Field(1e-3, description="learning rate of the generator (Adam)")
     generator_batch_size: Positive | None = Field(
         None,
-        description="images in a step of the generator; unset: 64 up to 64 pixels, else 10, and no more than a "
+        description="images in a step of the generator; unset: 64 up to 64 pixels, else 9, and no more than a "
         "batch_size that is set",
     )
     warmup_steps: Annotated[int, Field(ge=0)] | None = Field(

@@ -16,8 +16,8 @@ __all__ = ["Pace", "Plan", "make_plan"]
 
 BATCH, LARGE_BATCH = 32, 8
 """Images in a step of Q, up to 64 pixels and beyond: twice the steps of half the images teach more."""
-GENERATED, LARGE_GENERATED = 64, 10
-"""Images in a step of G, whose statistics are to be the network's; with 12 large ones, the whole command took
+GENERATED, LARGE_GENERATED = 64, 9
+"""Images in a step of G, whose statistics are to be the network's; with 10 large ones, the whole command took
 EfficientNet-Lite0 beyond 3 GiB."""
 STEPS = {2: 3000, 3: 3000, 4: 1600, 5: 1000, 6: 500, 7: 240, 8: 160}
 """Training steps of Q by the narrowest width, for networks that are cheap to run."""
