@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -24,9 +22,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 from unittest import mock
 
+import cells
 import rulers
 import tables
 import torch
@@ -122,27 +121,25 @@ class Cell:
         return f"{self.network}-{self.samples}-{own}-{self.seed}.pt"
 
 
-class FromPool(AdaDFQ):
-    """AdaDFQ that begins with a pool that was made before, or makes and keeps it."""
+@contextmanager
+def method(cell: Cell, pools: Path) -> Iterator[None]:
+    """AdaDFQ as the cell wants it, for a while; it begins with a pool that was made before, or makes and keeps it."""
+    ingredient, file = cell.ingredient, pools / cell.pool
 
-    cell: ClassVar[Cell]
-    file: ClassVar[Path]
-
-    def calibrate(self, task: Task) -> Outcome:
-        ingredient = self.cell.ingredient
+    def calibrate(self: AdaDFQ, task: Task) -> Outcome:
         run = Run(task, views=ingredient.views)
         player = run.player()
-        if self.file.exists():
-            made = torch.load(self.file)
+        if file.exists():
+            made = torch.load(file)
             run.pool.add(made["images"], made["labels"])
             run.held_out = made["held_out"]
             player.generator.load_state_dict(made["generator"])
         else:
             run.warm_up(player)
             run.make_samples(player)
-            self.file.parent.mkdir(parents=True, exist_ok=True)
+            file.parent.mkdir(parents=True, exist_ok=True)
             made = {"images": run.pool.images, "labels": run.pool.labels, "held_out": run.held_out}
-            torch.save({**made, "generator": player.generator.state_dict()}, self.file)
+            torch.save({**made, "generator": player.generator.state_dict()}, file)
         run.rng.manual_seed(task.seed)  # the same draws whether the pool is new or not
         if not task.settings.keep_best:
             run.held_out = torch.empty(0)
@@ -150,15 +147,10 @@ class FromPool(AdaDFQ):
         run.play(player if ingredient.group == "game" else None)
         return run.outcome(self.name)
 
-
-@contextmanager
-def method(cell: Cell, pools: Path) -> Iterator[None]:
-    """AdaDFQ as the cell wants it, for a while."""
-    left = tuple(generator.RECIPES[each] for each in cell.ingredient.recipes) or generator.RECIPES
-    FromPool.cell, FromPool.file = cell, pools / cell.pool
+    left = tuple(generator.RECIPES[each] for each in ingredient.recipes) or generator.RECIPES
     with (
         mock.patch.object(generator, "RECIPES", left),
-        mock.patch.object(AdaDFQ, "calibrate", lambda _, task: FromPool().calibrate(task)),
+        mock.patch.object(AdaDFQ, "calibrate", calibrate),
     ):
         yield
 
@@ -199,8 +191,8 @@ def run(cell: Cell, pools: Path) -> tables.Row:
 def write(rows: Mapping[str, tables.Row]) -> str:
     """A table a network, width and group: each ingredient's loss against the base on the same seeds."""
     parts = []
-    cells = [Cell(**row["cell"]) for row in rows.values()]
-    for network, scheme in sorted({(cell.network, cell.scheme) for cell in cells}):
+    for table in sorted({_table(row) for row in rows.values()}):
+        network, scheme, samples, steps = table
         for group in dict.fromkeys(each.group for each in INGREDIENTS.values()):
             names = [name for name, each in INGREDIENTS.items() if each.group == group]
             base = "game" if group == "game" else "training"
@@ -208,23 +200,26 @@ def write(rows: Mapping[str, tables.Row]) -> str:
                 name: {
                     row["cell"]["seed"]: row
                     for row in rows.values()
-                    if (row["cell"]["network"], row["cell"]["scheme"], row["cell"]["without"])
-                    == (network, scheme, name)
+                    if _table(row) == table and row["cell"]["without"] == name
                 }
                 for name in dict.fromkeys([base, *names])
             }
             lines = [_line(INGREDIENTS[name], of, found[base]) for name, of in found.items() if of]
             if len(lines) < 2:
                 continue
-            one = next(iter(found[base].values()), None) or next(
-                row for of in found.values() for row in of.values()
-            )
-            about = f"{one['cell']['samples']} images, {one['cell']['steps']} steps of Q"
+            one = next(row for of in found.values() for row in of.values())
+            about = f"{samples} images, {steps} steps of Q"
             parts.append(
                 f"**{network}, {scheme.upper()}, {group}** ({about}; float {100 * one['float']:.2f})\n\n"
                 f"| {COLUMNS} |\n|{'---|' * (COLUMNS.count('|') + 1)}\n" + "\n".join(lines)
             )
     return "\n\n".join(parts)
+
+
+def _table(row: tables.Row) -> tuple[str, str, int, int]:
+    """What the rows of a table have in common: others would be no base for them."""
+    cell = Cell(**row["cell"])
+    return cell.network, cell.scheme, cell.samples, cell.steps
 
 
 def _line(ingredient: Ingredient, of: Mapping[int, tables.Row], base: Mapping[int, tables.Row]) -> str:
@@ -248,9 +243,7 @@ def _line(ingredient: Ingredient, of: Mapping[int, tables.Row], base: Mapping[in
 
 
 def options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cells.parser(__doc__, ROWS)
     several: dict[str, Any] = {"nargs": "+"}
     parser.add_argument("--networks", **several, default=["resnet20"], choices=rulers.CIFAR[:2])
     parser.add_argument("--schemes", **several, default=["w4a4", "w3a3"])
@@ -259,12 +252,11 @@ def options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--seeds", **several, type=int, default=[0])
     parser.add_argument("--pools", type=Path, default=tables.HERE.parent / "build" / "pools")
-    parser.add_argument("--json", type=Path, default=ROWS, help="file of rows (default: %(default)s)")
-    parser.add_argument(
-        "--merge", nargs="*", type=Path, help="run nothing; take these files' rows into --json"
-    )
-    parser.add_argument("--cell", help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def _figures(row: tables.Row) -> str:
+    return f"{100 * row['converted']:.2f} {row['divergence']:.4f} {row['seconds']:.0f} s"
 
 
 def main() -> None:
@@ -274,37 +266,23 @@ def main() -> None:
         warnings.simplefilter("ignore")
         print(json.dumps(run(Cell(**json.loads(chosen.cell)), chosen.pools)))
         return
-    failed = 0
+    failed = None
     if chosen.merge is not None:
         tables.save(tables.read(chosen.json, *chosen.merge), chosen.json)
     else:
-        if not rulers.ASSETS.is_dir():
-            raise SystemExit(f"no assets at {rulers.ASSETS}: set ADADFQ_ASSETS to their folder")
         axes = chosen.seeds, chosen.without, chosen.networks, chosen.schemes
-        for seed, without, network, scheme in product(*axes):
-            cell = Cell(network, scheme, without, chosen.samples, chosen.steps, seed)
-            key = tables.key(asdict(cell))
-            if key in tables.read(chosen.json):
-                continue
-            command = [sys.executable, __file__, "--pools", str(chosen.pools), "--cell", key]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-            if done.returncode:  # its traceback has been seen
-                failed += 1
-                continue
-            row = json.loads(done.stdout.splitlines()[-1])
-            print(
-                key,
-                f"{100 * row['converted']:.2f} {row['divergence']:.4f} {row['seconds']:.0f} s",
-                flush=True,
-            )
-            tables.save({**tables.read(chosen.json), key: row}, chosen.json)
+        wanted = [
+            Cell(network, scheme, without, chosen.samples, chosen.steps, seed)
+            for seed, without, network, scheme in product(*axes)
+        ]
+        failed = cells.run_missing(wanted, chosen.json, _figures, options=["--pools", str(chosen.pools)])
     text = write(tables.read(chosen.json))
     if chosen.json.resolve() == ROWS:
         tables.between(MARKS, text)
     else:
         print(text)
     if failed:
-        raise SystemExit(f"{failed} cells failed")
+        raise SystemExit(failed)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ import json
 import re
 import resource
 import subprocess
-import sys
 import time
 import warnings
 from dataclasses import asdict, dataclass
@@ -29,6 +28,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
+import cells
 import papers
 import rulers
 import tables
@@ -181,9 +181,7 @@ def setting(text: str) -> tuple[str, Any]:
 
 
 def options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cells.parser(__doc__, tables.ROWS)
     several: dict[str, Any] = {"nargs": "+"}
     parser.add_argument("--networks", **several, default=["resnet20"], choices=rulers.NETWORKS)
     parser.add_argument("--schemes", **several, default=["w8a8", "w6a6", "w4a8", "w4a4", "w3a3"])
@@ -196,13 +194,12 @@ def options() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=None, help="time limit of each calibration")
     parser.add_argument("--seeds", **several, type=int, default=[0])
     parser.add_argument("--again", action="store_true", help="run cells that have a row already")
-    parser.add_argument("--json", type=Path, default=tables.ROWS, help="file of rows (default: %(default)s)")
-    parser.add_argument(
-        "--merge", nargs="*", type=Path, help="run nothing; take these files' rows into --json"
-    )
     parser.add_argument("--plot", type=Path, help="draw top-1 against time into this file")
-    parser.add_argument("--cell", help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def _figures(row: tables.Row) -> str:
+    return f"{tables.accuracy(row):.2f} {row['seconds']:.0f} s"
 
 
 def main() -> None:
@@ -212,35 +209,21 @@ def main() -> None:
         warnings.simplefilter("ignore")
         print(json.dumps(run(Cell(**json.loads(chosen.cell)))))
         return
-    failed = 0
+    failed = None
     if chosen.merge is not None:
         tables.save(tables.read(chosen.json, *chosen.merge), chosen.json)
     else:
-        if not rulers.ASSETS.is_dir():
-            raise SystemExit(f"no assets at {rulers.ASSETS}: set ADADFQ_ASSETS to their folder")
         axes = chosen.networks, chosen.schemes, chosen.backends, chosen.seeds, chosen.methods
-        cells = [
+        wanted = [
             Cell(network, scheme, method, backend, chosen.protocol, chosen.minutes, dict(chosen.set), seed)
             for network, scheme, backend, seed, method in product(*axes)
         ]
-        for cell in cells:
+        for cell in wanted:
             try:
                 cell.check()
             except AdaDFQError as error:
                 raise SystemExit(f"{cell.method}: {error}") from None
-        for cell in cells:
-            key = tables.key(asdict(cell))
-            if key in tables.read(chosen.json) and not chosen.again:
-                continue
-            command = [sys.executable, __file__, "--cell", key]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-            if done.returncode:  # its traceback has been seen
-                failed += 1
-                print(key, "FAILED", flush=True)
-                continue
-            row = json.loads(done.stdout.splitlines()[-1])
-            print(key, f"{tables.accuracy(row):.2f}", f"{row['seconds']:.0f} s", flush=True)
-            tables.save({**tables.read(chosen.json), key: row}, chosen.json)
+        failed = cells.run_missing(wanted, chosen.json, _figures, again=chosen.again)
     rows = tables.read(chosen.json)
     if chosen.json.resolve() == tables.ROWS:
         tables.between(tables.MARKS, tables.tables(rows))
@@ -249,7 +232,7 @@ def main() -> None:
     if chosen.plot and not tables.plot(rows, chosen.plot):
         print("no plot: nothing was run with several --minutes")
     if failed:
-        raise SystemExit(f"{failed} of {len(cells)} cells failed")
+        raise SystemExit(failed)
 
 
 if __name__ == "__main__":

@@ -55,9 +55,8 @@ def qconfig_mapping(scheme: Scheme, *, float_modules: Iterable[str] = ()) -> QCo
     for operation, qconfig in default.object_type_qconfigs.items():
         if qconfig is not None and _has_fixed_range(qconfig):
             mapping.set_object_type(operation, QConfig(activation=qconfig.activation, weight=weight))
-    for (
-        average
-    ) in ADAPTIVE_AVERAGES:  # the integer ones return the levels of what they take; means use few of them
+    # the integer ones return the levels of what they take, of which means use few
+    for average in ADAPTIVE_AVERAGES:
         mapping.set_object_type(average, None)
     for name in float_modules:
         mapping.set_module_name(name, None)
