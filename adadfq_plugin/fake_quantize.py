@@ -6,7 +6,7 @@ FakeQuantizeBase)``. The toolkit's toggles then work on it, and its convert read
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ IN_CACHE = 2**18
 SMALLEST_STEP = torch.finfo(torch.float32).eps
 TIE_GRID = 4096
 """Fractions of a level: coarse enough to wipe out float noise around one half, fine enough to be exact."""
+SWITCHES = {"observer_enabled", "fake_quant_enabled"}
 PER_CHANNEL = (torch.per_channel_affine, torch.per_channel_symmetric)
 SYMMETRIC = (torch.per_tensor_symmetric, torch.per_channel_symmetric)
 QuantizerT = TypeVar("QuantizerT", bound="LearnedQuantizer")
@@ -244,6 +245,14 @@ class LearnedQuantizer(nn.Module):
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point as the toolkit's convert takes them."""
         return self.scale.detach(), self.zero_point
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LearnedQuantizer:
+        """Moves all but the switches: each call reads them, and would wait for another device to tell."""
+        # a copy of an exported graph brings the attributes alone that it calls
+        switches = {name: self._buffers[name] for name in SWITCHES & self._buffers.keys()}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._buffers.update(switches)
+        return self
 
     def set_levels(self, quant_min: int, quant_max: int) -> None:
         """Other levels; the range is to be set again."""

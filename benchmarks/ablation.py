@@ -108,6 +108,7 @@ class Cell:
     without: str
     samples: int
     steps: int
+    device: str
     seed: int
 
     @property
@@ -167,20 +168,22 @@ def run(cell: Cell, pools: Path) -> tables.Row:
     start = time.monotonic()
     with method(cell, pools):
         result = adadfq_plugin.calibrate(
-            prepared, method="adadfq", settings=AdaDFQSettings(**values), seed=cell.seed, **facts
+            prepared,
+            method="adadfq",
+            settings=AdaDFQSettings(**values),
+            seed=cell.seed,
+            device=cell.device,
+            **facts,
         )
     seconds = time.monotonic() - start
     images, labels = rulers.images(cell.network)
     prepared.eval()
-    with torch.no_grad():
-        z_p, z_q, z_c = (
-            torch.cat([network(batch) for batch in images.split(100)])
-            for network in (model, prepared, convert_fx(cast(GraphModule, prepared)))
-        )
+    z_p, z_q = (rulers.logits(network, images, cell.device) for network in (model, prepared))
+    z_c = rulers.logits(convert_fx(cast(GraphModule, prepared)), images)
     return {
         "cell": asdict(cell),
-        "float": (z_p.argmax(1) == labels).float().mean().item(),
-        "converted": (z_c.argmax(1) == labels).float().mean().item(),
+        "float": rulers.top1(z_p, labels),
+        "converted": rulers.top1(z_c, labels),
         "divergence": kl_divergence_loss(z_p, z_q, temperature=1.0).item(),
         "seconds": seconds,
         "notes": result.notes,
@@ -192,7 +195,7 @@ def write(rows: Mapping[str, tables.Row]) -> str:
     """A table a network, width and group: each ingredient's loss against the base on the same seeds."""
     parts = []
     for table in sorted({_table(row) for row in rows.values()}):
-        network, scheme, samples, steps = table
+        network, scheme, samples, steps, device = table
         for group in dict.fromkeys(each.group for each in INGREDIENTS.values()):
             names = [name for name, each in INGREDIENTS.items() if each.group == group]
             base = "game" if group == "game" else "training"
@@ -208,7 +211,7 @@ def write(rows: Mapping[str, tables.Row]) -> str:
             if len(lines) < 2:
                 continue
             one = next(row for of in found.values() for row in of.values())
-            about = f"{samples} images, {steps} steps of Q"
+            about = f"{samples} images, {steps} steps of Q, {device}"
             parts.append(
                 f"**{network}, {scheme.upper()}, {group}** ({about}; float {100 * one['float']:.2f})\n\n"
                 f"| {COLUMNS} |\n|{'---|' * (COLUMNS.count('|') + 1)}\n" + "\n".join(lines)
@@ -216,10 +219,10 @@ def write(rows: Mapping[str, tables.Row]) -> str:
     return "\n\n".join(parts)
 
 
-def _table(row: tables.Row) -> tuple[str, str, int, int]:
+def _table(row: tables.Row) -> tuple[str, str, int, int, str]:
     """What the rows of a table have in common: others would be no base for them."""
     cell = Cell(**row["cell"])
-    return cell.network, cell.scheme, cell.samples, cell.steps
+    return cell.network, cell.scheme, cell.samples, cell.steps, cell.device
 
 
 def _line(ingredient: Ingredient, of: Mapping[int, tables.Row], base: Mapping[int, tables.Row]) -> str:
@@ -272,7 +275,7 @@ def main() -> None:
     else:
         axes = chosen.seeds, chosen.without, chosen.networks, chosen.schemes
         wanted = [
-            Cell(network, scheme, without, chosen.samples, chosen.steps, seed)
+            Cell(network, scheme, without, chosen.samples, chosen.steps, chosen.device, seed)
             for seed, without, network, scheme in product(*axes)
         ]
         failed = cells.run_missing(wanted, chosen.json, _figures, options=["--pools", str(chosen.pools)])

@@ -64,6 +64,7 @@ class Cell:
     protocol: str
     minutes: float | None
     settings: dict[str, Any]
+    device: str
     seed: int
 
     @property
@@ -110,7 +111,13 @@ def run(cell: Cell) -> tables.Row:
         prepared = adadfq_plugin.prepare(model, facts["input_size"], scheme=cell.widths, backend=cell.backend)
     phases = {"prepare": time.monotonic() - start}
     result = adadfq_plugin.calibrate(
-        prepared, method=method, settings=settings, minutes=cell.minutes, seed=cell.seed, **facts
+        prepared,
+        method=method,
+        settings=settings,
+        minutes=cell.minutes,
+        seed=cell.seed,
+        device=cell.device,
+        **facts,
     )
     seconds = time.monotonic() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -118,22 +125,14 @@ def run(cell: Cell) -> tables.Row:
     if cell.on_real_images:
         unseen = ~rulers.seen(cell.network, len(images))
         images, labels = images[unseen], labels[unseen]
-
-    def logits(network: Any) -> torch.Tensor:
-        with torch.no_grad():
-            return torch.cat([network(batch) for batch in images.split(100)])
-
-    def top1(of: torch.Tensor, count: int | None = None) -> float:
-        return (of.argmax(1) == labels)[:count].float().mean().item()
-
     if cell.backend == "fx":  # an exported graph knows no modes
         prepared.eval()
-    fake = logits(prepared)
+    fake = rulers.logits(prepared, images, cell.device)
     row: tables.Row = {
         "cell": asdict(cell),
         "images": len(images),
-        "float": top1(logits(model)),
-        "fake": top1(fake),
+        "float": rulers.top1(rulers.logits(model, images, cell.device), labels),
+        "fake": rulers.top1(fake, labels),
         "converted": None,
         "seconds": seconds,
         "phases": {**phases, **result.seconds},
@@ -141,22 +140,23 @@ def run(cell: Cell) -> tables.Row:
         "notes": result.notes,
         "vnni": bool(torch.cpu._is_vnni_supported()),
         "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if cell.device == "cuda" else cell.device,
         "torch": torch.__version__,
         "commit": commit(),
     }
     measured = fake
     if cell.protocol == "deployable":
         if cell.backend == "fx":
-            measured = logits(convert_fx(cast(GraphModule, prepared)))
+            measured = rulers.logits(convert_fx(cast(GraphModule, prepared)), images)
         else:
             from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
-            measured = logits(convert_pt2e(prepared))
-        row["converted"] = top1(measured)
+            measured = rulers.logits(convert_pt2e(prepared), images)
+        row["converted"] = rulers.top1(measured, labels)
         row["agreement"] = (fake.argmax(1) == measured.argmax(1)).float().mean().item()
         row["logit_error"] = ((fake - measured).abs().mean() / fake.std()).item()
     if cell.network in rulers.CIFAR:
-        row["first"] = top1(measured, rulers.FIRST)
+        row["first"] = rulers.top1(measured, labels, rulers.FIRST)
     return row
 
 
@@ -214,8 +214,9 @@ def main() -> None:
         tables.save(tables.read(chosen.json, *chosen.merge), chosen.json)
     else:
         axes = chosen.networks, chosen.schemes, chosen.backends, chosen.seeds, chosen.methods
+        same = chosen.protocol, chosen.minutes, dict(chosen.set), chosen.device
         wanted = [
-            Cell(network, scheme, method, backend, chosen.protocol, chosen.minutes, dict(chosen.set), seed)
+            Cell(network, scheme, method, backend, *same, seed)
             for network, scheme, backend, seed, method in product(*axes)
         ]
         for cell in wanted:

@@ -22,6 +22,7 @@ def parser(description: str | None, rows: Path) -> argparse.ArgumentParser:
     )
     made.add_argument("--json", type=Path, default=rows, help="file of rows (default: %(default)s)")
     made.add_argument("--merge", nargs="*", type=Path, help="run nothing; take these files' rows into --json")
+    made.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where to calibrate")
     made.add_argument("--cell", help=argparse.SUPPRESS)
     return made
 

@@ -58,7 +58,8 @@ def accuracy(row: Row) -> float:
 def changes(cell: dict[str, Any]) -> str:
     """What was asked for beside the method: ``, feature_weight=0 in 1.5 min``."""
     settings = "".join(f", {name}={json.dumps(value)}" for name, value in cell["settings"].items())
-    return settings + (f" in {cell['minutes']:g} min" if cell["minutes"] else "")
+    time = f" in {cell['minutes']:g} min" if cell["minutes"] else ""
+    return settings + time + (f" on {cell['device']}" if cell["device"] != "cpu" else "")
 
 
 def tables(rows: dict[str, Row]) -> str:

@@ -372,6 +372,26 @@ def test_calibrate_is_in_place_repeatable_and_convertible(backend: Backend, netw
     assert (fake.argmax(1) == converted.argmax(1)).float().mean() >= 0.98
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("there", [False, True])
+def test_a_gpu_calibrates_as_the_cpu_does(backend: Backend, network: str, there: bool) -> None:
+    model, twin = prepared(backend, network, 4), prepared(backend, network, 4)
+    if there:
+        adadfq_plugin.calibrate(model.cuda(), **TOLD, seed=3)
+    else:
+        adadfq_plugin.calibrate(model, **TOLD, seed=3, device="cuda")
+    result = adadfq_plugin.calibrate(twin, **TOLD, seed=3)
+    places = {each.device.type for each in model.parameters()}
+    assert places == {"cuda" if there else "cpu"}
+    batch = models.images(64)
+    with torch.no_grad():
+        fake = quiet(model)(batch.cuda() if there else batch).cpu()
+        converted, of_twin = converted_by_toolkit(backend, model.cpu())(batch), quiet(twin)(batch)
+    assert (fake.argmax(1) == converted.argmax(1)).float().mean() >= 0.98
+    assert (fake - of_twin).square().mean() < 0.2 * of_twin.var()  # draws are the same, sums are not
+    assert result.seed == 3
+
+
 def test_a_failure_leaves_the_users_model_as_it_was(backend: Backend) -> None:
     model = prepared(backend, bits=4)
     before, code = models.state(model), model.code

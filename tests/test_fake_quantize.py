@@ -159,6 +159,14 @@ def test_torch_ao_toggles_it() -> None:
     assert made.upper.item() == 1
 
 
+def test_its_switches_stay_where_python_reads_them() -> None:
+    fake_quantize = quantizer(torch.randn(64))
+    fake_quantize.disable_observer()
+    moved = fake_quantize.to("meta")
+    assert moved.log_scale.device.type == moved.zero_point.device.type == "meta"
+    assert (moved.observer_enabled.item(), moved.fake_quant_enabled.item()) == (0, 1)
+
+
 def test_constant_and_zero_input() -> None:
     made = LearnedFakeQuantize()
     assert torch.isfinite(made(torch.zeros(4))).all()

@@ -113,7 +113,8 @@ class QuantizedPlayer:
             groups.append({"params": steps, "lr": relative, "weight_decay": 0.0})
         self.optimizer: torch.optim.Optimizer
         if settings.optimizer == "adam":
-            self.optimizer = torch.optim.Adam(groups)
+            on_gpu = all(parameter.is_cuda for parameter in self.parameters)
+            self.optimizer = torch.optim.Adam(groups, fused=on_gpu or None)
         else:
             self.optimizer = torch.optim.SGD(groups, lr=rate, momentum=0.9, nesterov=True)
         self._units = list(prepared.weight_units()) if settings.optimizer == "adam" else []
