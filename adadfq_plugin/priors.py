@@ -104,23 +104,23 @@ class BNStatistics:
     def watch(self, model: nn.Module) -> Iterator[Callable[[], Tensor]]:
         """The loss over the most recent forward pass of ``model``."""
         layers = batch_norms(model)
+        expected = [cast(Tensor, layer.running_mean) for layer in layers.values()]
+        spread = [cast(Tensor, layer.running_var) for layer in layers.values()]
+        sizes = [len(each) for each in expected]
+        middle = torch.cat(expected)
+        eps = [cast(float, layer.eps) for layer in layers.values()]
+        unit = torch.cat([(each + small).sqrt() for each, small in zip(spread, eps, strict=True)])
+        if self.relative:
+            expected, spread = [torch.zeros_like(each) for each in spread], [*map(torch.ones_like, spread)]
         with capture_inputs(layers) as seen:
 
             def loss() -> Tensor:
-                means, variances, running_means, running_variances = [], [], [], []
-                for name, layer in layers.items():
-                    mean, variance = channel_moments(seen[name])
-                    expected, spread = cast(Tensor, layer.running_mean), cast(Tensor, layer.running_var)
-                    if self.relative:
-                        unit = (spread + cast(float, layer.eps)).sqrt()
-                        mean, variance = (mean - expected) / unit, (variance + SMALLEST).sqrt() / unit
-                        expected, spread = torch.zeros_like(unit), torch.ones_like(unit)
-                    means.append(mean)
-                    variances.append(variance)
-                    running_means.append(expected)
-                    running_variances.append(spread)
+                moments = [channel_moments(seen[name]) for name in layers]
                 seen.clear()  # they are as large as the network's graph
-                return bn_statistics_loss(means, variances, running_means, running_variances)
+                means, variances = map(torch.cat, zip(*moments, strict=True))
+                if self.relative:  # all layers at a time: they are many and small
+                    means, variances = (means - middle) / unit, (variances + SMALLEST).sqrt() / unit
+                return bn_statistics_loss(means.split(sizes), variances.split(sizes), expected, spread)
 
             yield loss
 

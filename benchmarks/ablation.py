@@ -161,6 +161,7 @@ def run(cell: Cell, pools: Path) -> tables.Row:
     from torch.ao.quantization.quantize_fx import convert_fx
 
     torch.backends.quantized.engine = best_engine()
+    torch.backends.cudnn.allow_tf32 = False  # float32 as on a CPU
     model, facts = rulers.load(cell.network)
     scheme = Scheme(weight_bits=int(cell.scheme[1]), activation_bits=int(cell.scheme[3]))
     prepared = adadfq_plugin.prepare(model, facts["input_size"], scheme=scheme)

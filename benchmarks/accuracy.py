@@ -102,6 +102,7 @@ def run(cell: Cell) -> tables.Row:
     from torch.ao.quantization.quantize_fx import convert_fx
 
     torch.backends.quantized.engine = best_engine()
+    torch.backends.cudnn.allow_tf32 = False  # float32 as on a CPU
     model, facts = rulers.load(cell.network)
     method, settings = cell.recipe
     start = time.monotonic()

@@ -127,17 +127,18 @@ def bn_statistics_loss(
             raise ValueError(
                 f"{name} must hold as many layers as batch_means, {len(batch_means)}; got {len(values)}"
             )
-    losses = []
+    layers = []
     for layer, mean in enumerate(batch_means):
         where = f"batch_means[{layer}]"
         mean = upcast(where, mean)
         if mean.ndim != 1 or not len(mean):
             raise ValueError(f"{where} must have the shape (C,) with C >= 1; got {shape_of(mean)}")
-        var, running_mean, running_var = (
-            like(f"{name}[{layer}]", values[layer], where, mean) for name, values in others.items()
+        layers.append(
+            (mean, *(like(f"{name}[{layer}]", values[layer], where, mean) for name, values in others.items()))
         )
-        losses.append((mean - running_mean).square().mean() + (var - running_var).square().mean())
-    return torch.stack(losses).mean()
+    means, variances, of_means, of_variances = map(torch.cat, zip(*layers, strict=True))
+    distances = (means - of_means).square() + (variances - of_variances).square()
+    return torch.stack([each.mean() for each in distances.split([len(mean) for mean, *_ in layers])]).mean()
 
 
 def total_variation(images: Tensor) -> Tensor:
