@@ -65,6 +65,8 @@ class _LearnedStep(torch.autograd.Function):
             inside = grad * ((x > low) & (x < high))
         else:
             inside = torch.ops.aten.hardtanh_backward(grad, x, low, high)
+        if not ctx.needs_input_grad[1]:
+            return inside, None, None, None, None, None, None
         if ctx.axis >= 0:
             others = [dim for dim in range(x.ndim) if dim != ctx.axis]
             for_scale = (grad * y - inside * x).sum(others)
