@@ -122,7 +122,8 @@ class Teacher:
         facts: what is known of its images.
         name: what the report calls it.
         macs: multiply-adds of one image.
-        channels_last: whether images and weights are laid out channels last, which is faster for large images.
+        channels_last: whether the other networks are to be laid out channels last as the teacher is: with small images
+            quantizers take longer so.
         bfloat16: whether :meth:`quick_logits` computes in bfloat16.
     """
 
@@ -158,11 +159,11 @@ def make_teacher(
     """
     refuse_nan(model, buffers=True)
     frozen = copy.deepcopy(model).eval().requires_grad_(False).to(device)
-    channels_last = facts.large and not any(map(_rules_out_channels_last, frozen.modules()))
-    if channels_last:
+    allowed = not any(map(_rules_out_channels_last, frozen.modules()))
+    if allowed:  # convolutions lay out as their weights are
         frozen.to(memory_format=torch.channels_last)
     macs = multiply_adds(frozen, facts.input_size)
-    return Teacher(frozen, facts, name, macs, channels_last, _is_quick_in_bfloat16(frozen, facts))
+    return Teacher(frozen, facts, name, macs, allowed and facts.large, _is_quick_in_bfloat16(frozen, facts))
 
 
 def _has_bfloat16(device: torch.device) -> bool:
