@@ -198,18 +198,21 @@ def write(rows: Mapping[str, tables.Row]) -> str:
     for table in sorted({_table(row) for row in rows.values()}):
         network, scheme, samples, steps, device = table
         for group in dict.fromkeys(each.group for each in INGREDIENTS.values()):
-            names = [name for name, each in INGREDIENTS.items() if each.group == group]
+            whats = {name: each.what for name, each in INGREDIENTS.items() if each.group == group}
             base = "game" if group == "game" else "training"
+            whats = {base: INGREDIENTS[base].what, **whats}
+            if group == "game":
+                whats["training"] = "the game (a fixed pool)"
             found = {
                 name: {
                     row["cell"]["seed"]: row
                     for row in rows.values()
                     if _table(row) == table and row["cell"]["without"] == name
                 }
-                for name in dict.fromkeys([base, *names])
+                for name in whats
             }
-            lines = [_line(INGREDIENTS[name], of, found[base]) for name, of in found.items() if of]
-            if len(lines) < 2:
+            lines = [_line(whats[name], of, found[base]) for name, of in found.items() if of]
+            if len(lines) < 2 or not found[base]:
                 continue
             one = next(row for of in found.values() for row in of.values())
             about = f"{samples} images, {steps} steps of Q, {device}"
@@ -226,7 +229,7 @@ def _table(row: tables.Row) -> tuple[str, str, int, int, str]:
     return cell.network, cell.scheme, cell.samples, cell.steps, cell.device
 
 
-def _line(ingredient: Ingredient, of: Mapping[int, tables.Row], base: Mapping[int, tables.Row]) -> str:
+def _line(what: str, of: Mapping[int, tables.Row], base: Mapping[int, tables.Row]) -> str:
     def mean(values: list[float]) -> str:
         return f"{statistics.mean(values):.3f}"
 
@@ -236,7 +239,7 @@ def _line(ingredient: Ingredient, of: Mapping[int, tables.Row], base: Mapping[in
     farther = [other["divergence"] / one["divergence"] - 1 for one, other in pairs]
     is_base = of is base or not pairs
     cells = [
-        ingredient.what,
+        what,
         f"{statistics.mean(top1):.2f} ({', '.join(f'{each:.2f}' for each in top1)})",
         "" if is_base else f"{statistics.mean(lost):.2f} ({', '.join(f'{each:.2f}' for each in lost)})",
         mean([row["divergence"] for row in of.values()]),

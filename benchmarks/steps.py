@@ -3,9 +3,9 @@
     python benchmarks/steps.py --networks resnet20 tf_efficientnet_lite0
 
 Plainly means: torch's own learned fake-quantize kernels; P in float32 with gradients for its weights, as a network has
-that nobody froze; and for Q the quantization-aware modules of torch.ao's default QConfig, with BatchNorm inside the convolutions.
-What is measured are medians of forward and backward passes on one batch; memory is what autograd keeps from the one to
-the other.
+that nobody froze; and for Q the quantization-aware modules of torch.ao's default QConfig, with BatchNorm inside the
+convolutions. What is measured are medians of forward and backward passes on one batch; memory is what autograd keeps
+from the one to the other.
 """
 
 from __future__ import annotations
