@@ -40,6 +40,7 @@ from adadfq_plugin import api
 from adadfq_plugin.backends.fx import best_engine
 from adadfq_plugin.config import Settings
 from adadfq_plugin.errors import AdaDFQError
+from adadfq_plugin.functional import kl_divergence_loss
 
 RECIPES: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     # name: registered method, its preset, changes; any registered method goes by its own name as well
@@ -128,12 +129,13 @@ def run(cell: Cell) -> tables.Row:
         images, labels = images[unseen], labels[unseen]
     if cell.backend == "fx":  # an exported graph knows no modes
         prepared.eval()
-    fake = rulers.logits(prepared, images, cell.device)
+    of_float, fake = (rulers.logits(network, images, cell.device) for network in (model, prepared))
     row: tables.Row = {
         "cell": asdict(cell),
         "images": len(images),
-        "float": rulers.top1(rulers.logits(model, images, cell.device), labels),
+        "float": rulers.top1(of_float, labels),
         "fake": rulers.top1(fake, labels),
+        "divergence": kl_divergence_loss(of_float, fake, temperature=1.0).item(),
         "converted": None,
         "seconds": seconds,
         "phases": {**phases, **result.seconds},

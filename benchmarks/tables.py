@@ -19,7 +19,7 @@ MARKS = "<!-- accuracy -->\n", "<!-- end -->"
 Row = dict[str, Any]
 """``cell`` (what was run) and what came out of it."""
 COLUMNS = (
-    "bits | backend | method | seeds | images | top-1, mean (each) | spread | drop | agreement, least "
+    "bits | backend | method | seeds | images | top-1, mean (each) | spread | drop | divergence | agreement, least "
     "| logit error, largest | first half | seconds | MiB | threads | commit"
 )
 CEILINGS = ("real", "mse-real", "real_images")
@@ -98,6 +98,7 @@ def _figures(cells: Sequence[Row]) -> list[str]:
         return [row[name] for row in cells if row.get(name) is not None]
 
     agreements, errors, first, peaks = map(known, ("agreement", "logit_error", "first", "peak_mib"))
+    divergences = known("divergence")
     return [
         cell["scheme"].upper(),
         cell["backend"],
@@ -107,6 +108,7 @@ def _figures(cells: Sequence[Row]) -> list[str]:
         f"{mean:.2f} ({', '.join(f'{value:.2f}' for value in top1)})",
         f"{max(top1) - min(top1):.2f}" if len(top1) > 1 else "",
         f"{100 * cells[0]['float'] - mean:.2f}",
+        f"{statistics.mean(divergences):.3f}" if divergences else "",
         f"{100 * min(agreements):.2f} %" if agreements else "",
         f"{max(errors):.4f}" if errors else "",
         f"{100 * statistics.mean(first):.2f}" if first else "",
