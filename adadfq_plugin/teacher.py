@@ -29,8 +29,6 @@ __all__ = [
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 LARGE = 64
-ROUGHLY = 0.1
-"""Error of logits, in their standard deviations, up to which images may be made by them."""
 USUAL_SIDE = {10: 32, 100: 32, 200: 64, 1000: 224, 21843: 224, 21841: 224}
 """Image side of the usual data set with that many classes (CIFAR, Tiny ImageNet, ImageNet)."""
 TRIAL_SIDES = (224, 32, 64, 28, 96, 128, 160, 192, 240, 256, 288, 299, 320, 384, 448, 512)
@@ -124,7 +122,6 @@ class Teacher:
         macs: multiply-adds of one image.
         channels_last: whether the other networks are to be laid out channels last as the teacher is: with small images
             quantizers take longer so.
-        bfloat16: whether :meth:`quick_logits` computes in bfloat16.
     """
 
     model: nn.Module
@@ -132,21 +129,10 @@ class Teacher:
     name: str = "model"
     macs: int = 0
     channels_last: bool = False
-    bfloat16: bool = False
 
     def __call__(self, images: Tensor) -> Tensor:
         logits: Tensor = self.model(images)
         return logits
-
-    def quick_logits(self, images: Tensor) -> Tensor:
-        """Logits (N, C) as near as making images needs them; as Q's targets they would not do.
-
-        In bfloat16 where that is faster: forward and backward then take two thirds of the time.
-        """
-        if not self.bfloat16:
-            return self(images)
-        with torch.autocast(images.device.type, torch.bfloat16):
-            return self(images).float()
 
 
 def make_teacher(
@@ -162,34 +148,7 @@ def make_teacher(
     allowed = not any(map(_rules_out_channels_last, frozen.modules()))
     if allowed:  # convolutions lay out as their weights are
         frozen.to(memory_format=torch.channels_last)
-    macs = multiply_adds(frozen, facts.input_size)
-    return Teacher(frozen, facts, name, macs, allowed and facts.large, _is_quick_in_bfloat16(frozen, facts))
-
-
-def _has_bfloat16(device: torch.device) -> bool:
-    """Whether the processor multiplies in bfloat16; on GPUs networks as small as these wait for launches instead."""
-    return device.type == "cpu" and (
-        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    )
-
-
-def _is_quick_in_bfloat16(model: nn.Module, facts: Facts) -> bool:
-    """Whether bfloat16 is faster, and the network has a gradient and nearly the same logits in it."""
-    device = device_of(model)
-    if not _has_bfloat16(device):
-        return False
-    noise = torch.randn(4, *facts.input_size, generator=torch.Generator().manual_seed(0))
-    images = facts.from_standard(noise).to(device).requires_grad_()
-    try:
-        with torch.no_grad():
-            expected = model(images)
-        with torch.autocast(device.type, torch.bfloat16):
-            logits = model(images).float()
-        (slope,) = torch.autograd.grad(logits.logsumexp(1).sum(), images)
-    except Exception:  # whatever a network's code may say of mixed types
-        return False
-    near = (logits - expected).std() <= ROUGHLY * expected.std()
-    return bool(near) and bool(slope.isfinite().all())
+    return Teacher(frozen, facts, name, multiply_adds(frozen, facts.input_size), allowed and facts.large)
 
 
 def refuse_nan(model: nn.Module, *, buffers: bool = False) -> None:

@@ -2,7 +2,7 @@
 
     python benchmarks/steps.py --networks resnet20 tf_efficientnet_lite0
 
-Plainly means: torch's own learned fake-quantize kernels; P in float32 with gradients for its weights, as a network has
+Plainly means: torch's own learned fake-quantize kernels; P with gradients for its weights, as a network has
 that nobody froze; and for Q the quantization-aware modules of torch.ao's default QConfig, with BatchNorm inside the
 convolutions. What is measured are medians of forward and backward passes on one batch; memory is what autograd keeps
 from the one to the other.
@@ -63,7 +63,7 @@ def of_teacher(teacher: Teacher, model: nn.Module, images: Tensor) -> Part:
     weights = list(free.parameters())
     return Part(
         "P, forward and backward to the images",
-        lambda: backward(teacher.quick_logits(asked), [asked]),
+        lambda: backward(teacher(asked), [asked]),
         lambda: backward(free(asked), [asked, *weights]),
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -116,8 +115,7 @@ def test_the_pixels_do_not_depend_on_the_units_that_a_network_is_told_them_in(
     for model, facts in ((models.trained(), own), (_Told(models.trained(), own, told), told)):
         torch.manual_seed(0)
         rng = torch.Generator().manual_seed(0)
-        teacher = replace(make_teacher(model, facts), bfloat16=False)  # whose rounding depends on the units
-        player = GeneratorPlayer(teacher, settings, 16, rng, torch.device("cpu"))
+        player = GeneratorPlayer(make_teacher(model, facts), settings, 16, rng, torch.device("cpu"))
         with player.watching() as prior:
             for _ in Pace(3):
                 player.warm_up(prior, Pace(3))
@@ -488,46 +486,6 @@ def test_layout_that_fails_in_pytorch_is_avoided() -> None:
     assert not layout(nn.Conv2d(3, 20, 1, stride=2), 96)
     assert not layout(nn.Conv2d(3, 20, 3, stride=2), 96, volume=True)
     assert not layout(nn.Conv2d(3, 20, 3, stride=2), 32)
-
-
-class _Blend(nn.Module):
-    """Mixes two types where arithmetic is in bfloat16, which ``lerp`` refuses."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.lerp(F.conv2d(x, torch.ones(3, 3, 1, 1)), x, 0.5).mean((2, 3))
-
-
-class _Offset(nn.Module):
-    """Logits whose differences bfloat16 can't tell apart."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.mean((2, 3)), torch.eye(3), torch.full((3,), 1e4))
-
-
-class _Kink(nn.Module):
-    """No finite gradient."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x * 0).sqrt().mean((2, 3)) + x.mean((2, 3))
-
-
-def test_images_are_made_in_bfloat16_where_a_network_allows_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    facts = Facts(models.SIZE, 3)
-    own = find_facts(models.trained(), input_size=models.SIZE)
-    monkeypatch.setattr("adadfq_plugin.teacher._has_bfloat16", lambda device: False)
-    assert not make_teacher(models.trained(), own).bfloat16
-    monkeypatch.setattr("adadfq_plugin.teacher._has_bfloat16", lambda device: True)
-    teacher, images = make_teacher(models.trained(), own), models.images(8).requires_grad_()
-    exact, quick = teacher(images), teacher.quick_logits(images)
-    assert teacher.bfloat16
-    assert quick.dtype == torch.float32
-    assert 0 < (quick - exact).std() < 0.05 * exact.std()
-    slope, near = (torch.autograd.grad(z.logsumexp(1).sum(), images)[0].flatten() for z in (exact, quick))
-    assert F.cosine_similarity(slope, near, dim=0) > 0.99
-    for refused in (_Blend(), _Offset(), _Kink()):
-        teacher = make_teacher(refused, facts)
-        assert not teacher.bfloat16
-        assert torch.equal(teacher.quick_logits(images), teacher(images))
 
 
 def test_pieces_give_the_gradients_of_the_whole() -> None:

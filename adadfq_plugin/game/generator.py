@@ -115,7 +115,7 @@ class GeneratorPlayer:
     def warm_up(self, prior: Callable[[], Tensor], pace: Pace) -> dict[str, float]:
         """One step without Q: the prior, and labels that P recognises."""
         images, labels = self.make()
-        loss, figures = self._recognised(prior, self.teacher.quick_logits(images), labels)
+        loss, figures = self._recognised(prior, self.teacher(images), labels)
         self._step(torch.autograd.grad(loss, self.parameters), pace.fraction)
         return figures
 
@@ -167,7 +167,7 @@ class GeneratorPlayer:
             pixels = seen()
             valid = pixels + (self.generator.clip(pixels) - pixels).detach()  # clipped ones may come back
             loss, figures = self._recognised(
-                prior, self.teacher.quick_logits(recipe.view(valid, self._rng)), target, LABEL
+                prior, self.teacher(recipe.view(valid, self._rng)), target, LABEL
             )
             (white.grad,) = torch.autograd.grad(loss, white)
             optimizer.step()
