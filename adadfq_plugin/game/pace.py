@@ -19,7 +19,7 @@ BATCH, LARGE_BATCH = 32, 8
 GENERATED, LARGE_GENERATED = 64, 9
 """Images in a step of G, whose statistics are to be the network's; with 10 large ones, the whole command took
 EfficientNet-Lite0 beyond 3 GiB."""
-STEPS = {2: 3000, 3: 3000, 4: 1200, 5: 800, 6: 500, 7: 240, 8: 160}
+STEPS = {2: 3000, 3: 3000, 4: 1200, 5: 1000, 6: 500, 7: 240, 8: 160}
 """Training steps of Q by the narrowest width, for networks that are cheap to run."""
 WARMUP = {2: 300, 3: 300, 4: 300, 5: 240, 6: 200, 7: 160, 8: 120}
 """Steps of the generator before Q joins, likewise."""
