@@ -120,8 +120,7 @@ class Teacher:
         facts: what is known of its images.
         name: what the report calls it.
         macs: multiply-adds of one image.
-        channels_last: whether the other networks are to be laid out channels last as the teacher is: with small images
-            quantizers take longer so.
+        channels_last: whether images and weights are laid out channels last, which is faster for large images.
     """
 
     model: nn.Module
@@ -145,10 +144,10 @@ def make_teacher(
     """
     refuse_nan(model, buffers=True)
     frozen = copy.deepcopy(model).eval().requires_grad_(False).to(device)
-    allowed = not any(map(_rules_out_channels_last, frozen.modules()))
-    if allowed:  # convolutions lay out as their weights are
+    channels_last = facts.large and not any(map(_rules_out_channels_last, frozen.modules()))
+    if channels_last:
         frozen.to(memory_format=torch.channels_last)
-    return Teacher(frozen, facts, name, multiply_adds(frozen, facts.input_size), allowed and facts.large)
+    return Teacher(frozen, facts, name, multiply_adds(frozen, facts.input_size), channels_last)
 
 
 def refuse_nan(model: nn.Module, *, buffers: bool = False) -> None:
