@@ -36,7 +36,7 @@ import adadfq_plugin
 from adadfq_plugin.backends.fx import best_engine
 from adadfq_plugin.config import AdaDFQSettings, Scheme
 from adadfq_plugin.contracts import Outcome, Task
-from adadfq_plugin.functional import kl_divergence_loss
+from adadfq_plugin.functional import kl_divergence_loss, top1_accuracy
 from adadfq_plugin.game import generator
 from adadfq_plugin.game.run import Run
 from adadfq_plugin.methods.adadfq import AdaDFQ
@@ -183,8 +183,8 @@ def run(cell: Cell, pools: Path) -> tables.Row:
     z_c = rulers.logits(convert_fx(cast(GraphModule, prepared)), images)
     return {
         "cell": asdict(cell),
-        "float": rulers.top1(z_p, labels),
-        "converted": rulers.top1(z_c, labels),
+        "float": top1_accuracy(z_p, labels),
+        "converted": top1_accuracy(z_c, labels),
         "divergence": kl_divergence_loss(z_p, z_q, temperature=1.0).item(),
         "seconds": seconds,
         "notes": result.notes,

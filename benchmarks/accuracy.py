@@ -40,7 +40,7 @@ from adadfq_plugin import api
 from adadfq_plugin.backends.fx import best_engine
 from adadfq_plugin.config import Settings
 from adadfq_plugin.errors import AdaDFQError
-from adadfq_plugin.functional import kl_divergence_loss
+from adadfq_plugin.functional import kl_divergence_loss, top1_accuracy, top1_agreement
 
 RECIPES: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     # name: registered method, its preset, changes; any registered method goes by its own name as well
@@ -133,8 +133,8 @@ def run(cell: Cell) -> tables.Row:
     row: tables.Row = {
         "cell": asdict(cell),
         "images": len(images),
-        "float": rulers.top1(of_float, labels),
-        "fake": rulers.top1(fake, labels),
+        "float": top1_accuracy(of_float, labels),
+        "fake": top1_accuracy(fake, labels),
         "divergence": kl_divergence_loss(of_float, fake, temperature=1.0).item(),
         "converted": None,
         "seconds": seconds,
@@ -155,11 +155,11 @@ def run(cell: Cell) -> tables.Row:
             from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
             measured = rulers.logits(convert_pt2e(prepared), images)
-        row["converted"] = rulers.top1(measured, labels)
-        row["agreement"] = (fake.argmax(1) == measured.argmax(1)).float().mean().item()
+        row["converted"] = top1_accuracy(measured, labels)
+        row["agreement"] = top1_agreement(fake, measured)
         row["logit_error"] = ((fake - measured).abs().mean() / fake.std()).item()
     if cell.network in rulers.CIFAR:
-        row["first"] = rulers.top1(measured, labels, rulers.FIRST)
+        row["first"] = top1_accuracy(measured[: rulers.FIRST], labels[: rulers.FIRST])
     return row
 
 

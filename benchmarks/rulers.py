@@ -57,11 +57,6 @@ def logits(network: nn.Module, images: Tensor, device: str = "cpu") -> Tensor:
     return torch.cat(answers)
 
 
-def top1(answers: Tensor, labels: Tensor, count: int | None = None) -> float:
-    """The share of images, or of the first of them, that a network recognises."""
-    return (answers.argmax(1) == labels)[:count].float().mean().item()
-
-
 def seen(name: str, count: int) -> Tensor:
     """Which of the ``count`` images `real_images` sees: CIFAR-10's second half, 64 of ImageNet's over all classes."""
     mask = torch.zeros(count, dtype=torch.bool)

@@ -2,10 +2,10 @@
 
     python benchmarks/steps.py --networks resnet20 tf_efficientnet_lite0
 
-Plainly means: torch's own learned fake-quantize kernels; P with gradients for its weights, as a network has
-that nobody froze; and for Q the quantization-aware modules of torch.ao's default QConfig, with BatchNorm inside the
-convolutions. What is measured are medians of forward and backward passes on one batch; memory is what autograd keeps
-from the one to the other.
+Plainly means: torch's own learned fake-quantize kernels; P with gradients for its weights, as a network has that nobody
+froze; and for Q the quantization-aware modules of torch.ao's default QConfig, with BatchNorm inside the convolutions.
+What is measured are medians of forward and backward passes on one batch; memory is what autograd keeps from the one to
+the other.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ def backward(output: Tensor, inputs: Sequence[Tensor]) -> None:
     torch.autograd.grad(output.sum(), inputs, allow_unused=True)
 
 
-def of_teacher(teacher: Teacher, model: nn.Module, images: Tensor) -> Part:
-    """P between images and the losses: what a step of the warm-up or of the refinement asks of it."""
+def of_teacher(teacher: Teacher, images: Tensor) -> Part:
+    """P between G and the losses: what a step of G or of the refinement asks of it."""
     asked = images.clone().requires_grad_(True)
-    free = copy.deepcopy(model).eval().requires_grad_(True)
+    free = copy.deepcopy(teacher.model).requires_grad_(True)
     weights = list(free.parameters())
     return Part(
         "P, forward and backward to the images",
@@ -173,7 +173,7 @@ def parts(name: str, bits: int) -> Iterator[Part]:
     for step in opened.steps():
         step.requires_grad_(True)
     yield of_generator(player)
-    yield of_teacher(teacher, model, images)
+    yield of_teacher(teacher, images)
     yield from of_quantizers(opened, images)
     yield of_quantized(opened, model, known.input_size, images)
     yield of_update(QuantizedPlayer(opened, teacher, settings, Pace(1)))
