@@ -105,6 +105,25 @@ def test_the_integer_type_has_the_same_levels(bits: int) -> None:
     assert int(integer.int_repr().max()) <= 2**bits - 1
 
 
+def test_a_settled_weight_is_rounded_alike_by_step_sizes_that_differ_in_their_last_bit() -> None:
+    made = per_channel()
+    weight = torch.randn(3, 1000)
+    made(weight)
+    made.disable_observer()
+    step = made.scale.detach()[:, None]
+    weight[:, ::2] = (torch.randint(-3, 3, (3, 500)) + 0.5) * step  # midway between two levels
+    weight[:, 1] = 100
+    settled = made.settled(weight)
+    rounded = made(settled)
+    torch.testing.assert_close(rounded, made(weight))
+    assert float((settled - weight)[:, 3::2].abs().max()) == 0
+    assert torch.equal(settled[:, 1], made.bounds()[1].expand(3))
+    for beyond in (0.0, torch.inf):
+        other = torch.nextafter(step, torch.full_like(step, beyond))
+        assert not torch.equal((weight / other).round(), (weight / step).round())
+        assert torch.equal((settled / other).round(), (rounded / step).round())
+
+
 def test_averages_round_their_ties_to_even() -> None:
     made = quantizer(torch.tensor([0.0, 3.3]), 2, trained=False)
     made.averages = True

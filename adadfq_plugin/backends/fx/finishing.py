@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 from adadfq_plugin.backends.fx.fake_quantize import LearnedFakeQuantize
 from adadfq_plugin.backends.fx.graphs import INTEGER, called, module_of, prepared_attributes, quantizer_nodes
 
-__all__ = ["ADAPTIVE_AVERAGES", "POOLINGS", "average_channels_last", "clip_weights", "saturate_activations"]
+__all__ = ["ADAPTIVE_AVERAGES", "POOLINGS", "average_channels_last", "saturate_activations", "settle_weights"]
 
 WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.ConvTranspose1d, nn.ConvTranspose2d)
 ADAPTIVE_AVERAGES = (
@@ -31,20 +31,15 @@ def _constant(quantizer: LearnedFakeQuantize) -> LearnedFakeQuantize:
     return copy.deepcopy(quantizer)
 
 
-def clip_weights(model: GraphModule, trainable: bool) -> None:
-    """Weights beyond the last level: torch.ao's integer type would give them levels of their own."""
+def settle_weights(model: GraphModule, trainable: bool) -> None:
+    """Weights beyond the last level: torch.ao's integer type would give them levels of their own. Ties: see settled."""
     for module in model.modules():
         quantizer = getattr(module, "weight_fake_quant", None)
         weight = getattr(module, "weight", None)
         if not trainable and isinstance(module, WEIGHTED) and getattr(module, "qconfig", None):
             quantizer = _observed_weight(module)
         if isinstance(quantizer, LearnedFakeQuantize) and isinstance(weight, nn.Parameter):
-            low, high = quantizer.bounds()
-            if quantizer.per_channel:
-                shape = [1] * weight.ndim
-                shape[quantizer.ch_axis] = -1
-                low, high = low.view(shape), high.view(shape)
-            weight.data.clamp_(low, high)
+            weight.data.copy_(quantizer.settled(weight))
 
 
 def _observed_weight(module: nn.Module) -> LearnedFakeQuantize | None:

@@ -18,8 +18,8 @@ from adadfq_plugin.backends.fx.fake_quantize import LearnedFakeQuantize
 from adadfq_plugin.backends.fx.finishing import (
     POOLINGS,
     average_channels_last,
-    clip_weights,
     saturate_activations,
+    settle_weights,
 )
 from adadfq_plugin.backends.fx.folding import float_copy, fold_batch_norm, separate_calls
 from adadfq_plugin.backends.fx.graphs import (
@@ -244,7 +244,7 @@ class FXPrepared:
 
     def finish(self) -> None:
         """Makes the private copy ready for ``convert_fx``; its outputs stay what they were."""
-        clip_weights(self.module, self.trainable)
+        settle_weights(self.module, self.trainable)
         saturate_activations(self.module)
         average_channels_last(self.module)
         self.module.recompile()

@@ -69,6 +69,17 @@ def _put(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(owner), name, module)
 
 
+def _quantized_weights(model: GraphModule) -> Iterator[tuple[nn.Parameter, LearnedFakeQuantize, Node]]:
+    """Each quantized weight with its quantizer and the layer that reads it."""
+    for node in model.graph.nodes:
+        quantizer = model.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if not isinstance(quantizer, LearnedFakeQuantize) or node.args[0].op != "get_attr":
+            continue
+        weight = tensor_at(model, str(node.args[0].target))
+        if isinstance(weight, nn.Parameter):
+            yield weight, quantizer, next(iter(node.users))
+
+
 class PT2EPrepared:
     """The private copy of one prepared model; see :class:`adadfq_plugin.contracts.Prepared`.
 
@@ -185,16 +196,6 @@ class PT2EPrepared:
             else:
                 quantizer.reset()
 
-    def _weights(self) -> Iterator[tuple[nn.Parameter, LearnedFakeQuantize, Node]]:
-        """Each quantized weight with its quantizer and the layer that reads it."""
-        for node in self.module.graph.nodes:
-            quantizer = self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
-            if not isinstance(quantizer, LearnedFakeQuantize) or node.args[0].op != "get_attr":
-                continue
-            weight = tensor_at(self.module, str(node.args[0].target))
-            if isinstance(weight, nn.Parameter):
-                yield weight, quantizer, next(iter(node.users))
-
     def weights(self) -> Sequence[nn.Parameter]:
         """Weights and biases of the network that the user has not frozen."""
         steps = {id(step) for step in self.steps()}
@@ -203,7 +204,7 @@ class PT2EPrepared:
     def weight_units(self) -> Sequence[Tensor]:
         """The step of each weight's channel; a bias takes that of its weight times the root of the fan-in."""
         units: dict[int, Tensor] = {}
-        for weight, quantizer, layer in self._weights():
+        for weight, quantizer, layer in _quantized_weights(self.module):
             scale, shape = quantizer.scale.detach(), [1] * weight.ndim
             if quantizer.per_channel:
                 shape[quantizer.ch_axis] = -1
@@ -236,6 +237,9 @@ class PT2EPrepared:
     def finish(self) -> GraphModule:
         """A copy that is ready for ``convert_pt2e``, with the user's own observers where they decided."""
         work = copy.deepcopy(self.module)
+        for weight, quantizer, _ in _quantized_weights(work):
+            if quantizer.observer is None:
+                weight.data.copy_(quantizer.settled(weight))
         observers: dict[int, nn.Module] = {}
         for path, module in list(_sites(work)):
             if isinstance(module, LearnedFakeQuantize):
