@@ -107,10 +107,11 @@ class BNStatistics:
         expected = [cast(Tensor, layer.running_mean) for layer in layers.values()]
         spread = [cast(Tensor, layer.running_var) for layer in layers.values()]
         sizes = [len(each) for each in expected]
-        middle = torch.cat(expected)
-        eps = [cast(float, layer.eps) for layer in layers.values()]
-        unit = torch.cat([(each + small).sqrt() for each, small in zip(spread, eps, strict=True)])
+        units: tuple[Tensor, Tensor] | None = None
         if self.relative:
+            eps = [cast(float, layer.eps) for layer in layers.values()]
+            deviations = [(each + small).sqrt() for each, small in zip(spread, eps, strict=True)]
+            units = torch.cat(expected), torch.cat(deviations)
             expected, spread = [torch.zeros_like(each) for each in spread], [*map(torch.ones_like, spread)]
         with capture_inputs(layers) as seen:
 
@@ -118,7 +119,8 @@ class BNStatistics:
                 moments = [channel_moments(seen[name]) for name in layers]
                 seen.clear()  # they are as large as the network's graph
                 means, variances = map(torch.cat, zip(*moments, strict=True))
-                if self.relative:  # all layers at a time: they are many and small
+                if units is not None:  # all layers at a time: they are many and small
+                    middle, unit = units
                     means, variances = (means - middle) / unit, (variances + SMALLEST).sqrt() / unit
                 return bn_statistics_loss(means.split(sizes), variances.split(sizes), expected, spread)
 

@@ -33,7 +33,6 @@ from accuracy import commit
 from torch.fx import GraphModule
 
 import adadfq_plugin
-from adadfq_plugin.backends.fx import best_engine
 from adadfq_plugin.config import AdaDFQSettings, Scheme
 from adadfq_plugin.contracts import Outcome, Task
 from adadfq_plugin.functional import kl_divergence_loss, top1_accuracy
@@ -160,8 +159,7 @@ def run(cell: Cell, pools: Path) -> tables.Row:
     """Prepare, calibrate, convert; then the figures."""
     from torch.ao.quantization.quantize_fx import convert_fx
 
-    torch.backends.quantized.engine = best_engine()
-    torch.backends.cudnn.allow_tf32 = False  # float32 as on a CPU
+    rulers.use_best_kernels()
     model, facts = rulers.load(cell.network)
     scheme = Scheme(weight_bits=int(cell.scheme[1]), activation_bits=int(cell.scheme[3]))
     prepared = adadfq_plugin.prepare(model, facts["input_size"], scheme=scheme)

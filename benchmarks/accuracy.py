@@ -37,7 +37,6 @@ from torch.fx import GraphModule
 
 import adadfq_plugin
 from adadfq_plugin import api
-from adadfq_plugin.backends.fx import best_engine
 from adadfq_plugin.config import Settings
 from adadfq_plugin.errors import AdaDFQError
 from adadfq_plugin.functional import kl_divergence_loss, top1_accuracy, top1_agreement
@@ -102,8 +101,7 @@ def run(cell: Cell) -> tables.Row:
     """Prepare, calibrate, convert; then the figures."""
     from torch.ao.quantization.quantize_fx import convert_fx
 
-    torch.backends.quantized.engine = best_engine()
-    torch.backends.cudnn.allow_tf32 = False  # float32 as on a CPU
+    rulers.use_best_kernels()
     model, facts = rulers.load(cell.network)
     method, settings = cell.recipe
     start = time.monotonic()

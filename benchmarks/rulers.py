@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from adadfq_plugin import zoo
+from adadfq_plugin.backends.fx import best_engine
 from adadfq_plugin.demo import DEMO_MODELS, demo_model
 
 ASSETS = Path(
@@ -22,6 +23,12 @@ CIFAR = ("resnet20", "resnet44", "vit_cifar10")
 NETWORKS = (*CIFAR, *DEMO_MODELS)
 FIRST = 2500
 """Images of CIFAR-10 that no method sees; those behind them are the real images of `real_images`."""
+
+
+def use_best_kernels() -> None:
+    """The integer kernels of the best engine; on a GPU, float32 as on a CPU."""
+    torch.backends.quantized.engine = best_engine()
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def load(name: str) -> tuple[nn.Module, dict[str, Any]]:

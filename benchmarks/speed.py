@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 import adadfq_plugin
-from adadfq_plugin.backends.fx import best_engine
 from adadfq_plugin.backends.pt2e import compiled
+from adadfq_plugin.functional import top1_accuracy
 from adadfq_plugin.report.facts import measure_latency
 
 
@@ -29,7 +29,7 @@ def variants(
     model: nn.Module, facts: dict[str, Any], backends: list[str], **arguments: Any
 ) -> dict[str, nn.Module]:
     """The float network and what each backend makes of it."""
-    torch.backends.quantized.engine = best_engine()
+    rulers.use_best_kernels()
     made: dict[str, nn.Module] = {"float, eager": model, "float, compiled": compiled(model)}
     for backend in backends:
         result = adadfq_plugin.quantize(model, backend=backend, **arguments, **facts)
@@ -49,8 +49,8 @@ def top1(network: nn.Module, images: torch.Tensor, labels: torch.Tensor, batch: 
     """Share of images whose largest logit is at the label; batches are filled up, for each size is compiled anew."""
     filled = torch.cat([images, images[: -len(images) % batch]])
     with torch.no_grad():
-        found = torch.cat([network(each).argmax(1) for each in filled.split(batch)])[: len(labels)]
-    return (found == labels).float().mean().item()
+        logits = torch.cat([network(each) for each in filled.split(batch)])[: len(labels)]
+    return top1_accuracy(logits, labels)
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.benchmark import Timer
 
 import adadfq_plugin
-from adadfq_plugin.backends.fx import FXBackend, best_engine, traceable
+from adadfq_plugin.backends.fx import FXBackend, traceable
 from adadfq_plugin.config import AdaDFQSettings
 from adadfq_plugin.contracts import Phase, Prepared
 from adadfq_plugin.fake_quantize import LearnedQuantizer
@@ -190,7 +190,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    torch.backends.quantized.engine = best_engine()
+    rulers.use_best_kernels()
     print(f"W{options.bits}A{options.bits}; {torch.get_num_threads()} threads of {os.cpu_count()} cores")
     print()
     print("| network | part | plainly, ms | here, ms | times as fast | kept plainly, MiB | kept here, MiB |")

@@ -380,7 +380,7 @@ def test_a_gpu_calibrates_as_the_cpu_does(backend: Backend, network: str, there:
         adadfq_plugin.calibrate(model.cuda(), **TOLD, seed=3)
     else:
         adadfq_plugin.calibrate(model, **TOLD, seed=3, device="cuda")
-    result = adadfq_plugin.calibrate(twin, **TOLD, seed=3)
+    adadfq_plugin.calibrate(twin, **TOLD, seed=3)
     places = {each.device.type for each in model.parameters()}
     assert places == {"cuda" if there else "cpu"}
     batch = models.images(64)
@@ -389,7 +389,6 @@ def test_a_gpu_calibrates_as_the_cpu_does(backend: Backend, network: str, there:
         converted, of_twin = converted_by_toolkit(backend, model.cpu())(batch), quiet(twin)(batch)
     assert (fake.argmax(1) == converted.argmax(1)).float().mean() >= 0.98
     assert (fake - of_twin).square().mean() < 0.2 * of_twin.var()  # draws are the same, sums are not
-    assert result.seed == 3
 
 
 def test_a_failure_leaves_the_users_model_as_it_was(backend: Backend) -> None:
