@@ -126,6 +126,23 @@ def test_convert_gives_what_was_calibrated(backend: Backend, network: str, bits:
     assert (fake - exact).abs().mean() <= {8: 0.1, 6: 0.2, 4: 0.5, 3: 1.0, 2: 2.0}[bits] * exact.std()
 
 
+def test_no_weight_is_left_midway_between_two_levels(backend: Backend) -> None:
+    model, batch = prepared(backend, bits=4), models.images(16)
+    opened = backend.open(model)
+    models.observed(opened, batch)
+    pairs = zip(opened.weights(), opened.weight_units(), strict=True)
+    weight, step = next((weight, step) for weight, step in pairs if weight.ndim == 4)
+    with torch.no_grad():
+        weight.copy_(((weight / step).floor().clamp(-7, 6) + 0.5) * step)
+    fake = logits(opened, Phase.EVALUATE, batch)
+    opened.commit()
+    left = next(each for each in model.parameters() if each.shape == weight.shape and each.ndim == 4)
+    level = left.detach() / step
+    assert float((level - level.round()).abs().max()) < 1e-4
+    with torch.no_grad():
+        assert torch.equal(quiet(model)(batch), fake)
+
+
 def test_all_multiply_adds_are_done_on_integers(backend: Backend, network: str) -> None:
     opened = backend.open(prepared(backend, network))
     models.observed(opened, models.images(8))
