@@ -136,6 +136,7 @@ def test_pool_keeps_the_newest(capacity: int, batches: list[int]) -> None:
         pool.add(numbers.float().view(-1, 1, 1, 1), numbers)
         count += size
     assert pool.labels.tolist() == list(range(max(0, count - capacity), count))
+    assert pool.newest(3)[1].tolist() == pool.labels[-3:].tolist()
     images, labels = pool.draw(capacity)
     assert torch.equal(images.view(-1).long(), labels)
 
