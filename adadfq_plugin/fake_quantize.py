@@ -341,6 +341,10 @@ class LearnedQuantizer(nn.Module):
         scale, zero = self.scale.detach(), self.zero_point
         return (self.quant_min - zero) * scale, (self.quant_max - zero) * scale
 
+    def along(self, values: Tensor, ndim: int) -> Tensor:
+        """One value a channel, or one for all, in the shape that goes with a tensor of so many dimensions."""
+        return values.view([-1 if self.per_channel and dim == self.ch_axis else 1 for dim in range(ndim)])
+
     @torch.no_grad()
     def settled(self, weight: Tensor) -> Tensor:
         """The weight as it is converted: nothing of it beyond the last level, nothing midway between two.
@@ -348,8 +352,7 @@ class LearnedQuantizer(nn.Module):
         An exponential's last bit differs from device to device, and one weight on the other level moves the
         logits of a network of 3 bits by up to a fifth of their deviation.
         """
-        shape = [-1 if self.per_channel and dim == self.ch_axis else 1 for dim in range(weight.ndim)]
-        scale, low, high = (each.view(shape) for each in (self.scale, *self.bounds()))
+        scale, low, high = (self.along(each, weight.ndim) for each in (self.scale, *self.bounds()))
         level = weight / scale
         midway = (level - level.floor() - 0.5).abs() < NEAR_TIE
         return torch.where(midway, self._fake_quantize(weight), weight).clamp(low, high)

@@ -225,7 +225,7 @@ class FXPrepared:
                 continue
             weight, bias = cast(nn.Parameter, module.weight), cast("nn.Parameter | None", module.bias)
             scale = quantizer.scale.detach()
-            units[id(weight)] = scale.view(-1, *[1] * (weight.ndim - 1)) if quantizer.per_channel else scale
+            units[id(weight)] = quantizer.along(scale, weight.ndim)
             if bias is not None:
                 units[id(bias)] = scale * weight[0].numel() ** 0.5
         # what is not quantized (an affine BatchNorm) moves by a hundredth of its size

@@ -61,10 +61,7 @@ class LearnedFakeQuantize(LearnedQuantizer, FakeQuantizeBase):  # type: ignore[m
         if self.exact_scale is None:
             return super()._fake_quantize(x)
         # a logarithm loses the last bit, and the largest weight of a min/max range lies on a tie
-        shape = [1] * x.ndim
-        if self.per_channel:
-            shape[self.ch_axis] = -1
-        scale, zero_point = self.exact_scale.view(shape), self.zero_point.view(shape)
+        scale, zero_point = (self.along(each, x.ndim) for each in (self.exact_scale, self.zero_point))
         quantized = (x * (1 / scale)).round_() + zero_point
         return quantized.clamp_(self.quant_min, self.quant_max).sub_(zero_point).mul_(scale)
 

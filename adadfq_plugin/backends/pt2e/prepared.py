@@ -205,10 +205,8 @@ class PT2EPrepared:
         """The step of each weight's channel; a bias takes that of its weight times the root of the fan-in."""
         units: dict[int, Tensor] = {}
         for weight, quantizer, layer in _quantized_weights(self.module):
-            scale, shape = quantizer.scale.detach(), [1] * weight.ndim
-            if quantizer.per_channel:
-                shape[quantizer.ch_axis] = -1
-            units[id(weight)] = scale.view(shape)
+            scale = quantizer.scale.detach()
+            units[id(weight)] = quantizer.along(scale, weight.ndim)
             bias = layer.args[2] if len(layer.args) > 2 else None
             if isinstance(bias, Node) and bias.op == "get_attr":
                 found = tensor_at(self.module, str(bias.target))
