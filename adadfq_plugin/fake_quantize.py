@@ -1,4 +1,4 @@
-"""A fake quantizer with a learned step size (LSQ) and a range search, of no toolkit.
+"""A fake quantizer with a learned step size (LSQ), of no toolkit.
 
 Each backend makes it a fake quantizer of its own toolkit: ``class LearnedFakeQuantize(LearnedQuantizer,
 FakeQuantizeBase)``. The toolkit's toggles then work on it, and its convert reads ``calculate_qparams``.
@@ -13,13 +13,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LearnedQuantizer", "largest_weight", "search_range", "switched"]
+from adadfq_plugin.ranges import SMALLEST_STEP, affine, search_range
+
+__all__ = ["LearnedQuantizer", "switched"]
 
 SAMPLE = 8192
 """Activations kept from each observed batch for the range search."""
-IN_CACHE = 2**18
-"""Values searched at a time: the weights of a large layer take nine times as long in one piece."""
-SMALLEST_STEP = torch.finfo(torch.float32).eps
 TIE_GRID = 4096
 """Fractions of a level: coarse enough to wipe out float noise around one half, fine enough to be exact."""
 NEAR_TIE = 1e-4
@@ -83,79 +82,6 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
         flat = (a.numel(),), (1,)  # in the order of the memory
         return torch.dot(a.as_strided(*flat), b.as_strided(*flat))
     return (a * b).sum()
-
-
-def _levels(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
-    """What ``x`` (C, K) becomes at one scale and zero point a row."""
-    return ((x / scale).round() + zero_point).clamp_(low, high).sub_(zero_point).mul_(scale)
-
-
-def _affine(lower: Tensor, upper: Tensor, low: int, high: int, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """Scale and zero point (rows, 1) of the ranges [lower, upper], zero included exactly."""
-    if symmetric:
-        middle = (low + high + 1) // 2
-        reach = torch.maximum(-lower / (middle - low), upper / (high - middle))
-        scale = reach.clamp_min(SMALLEST_STEP)
-        return scale, torch.full_like(scale, float(middle))
-    scale = ((upper - lower) / (high - low)).clamp_min(SMALLEST_STEP)
-    return scale, (low - (lower / scale).round()).clamp(low, high)
-
-
-def search_range(
-    x: Tensor, low: int, high: int, *, symmetric: bool, candidates: int = 48
-) -> tuple[Tensor, Tensor]:
-    r"""Scale and zero point of least squared error, by a search over clipped ranges.
-
-    .. math:: \min_{s, z} \sum_i \bigl(s\,(\mathrm{clip}(\mathrm{round}(x_i/s) + z, l, h) - z) - x_i\bigr)^2
-
-    The range of the values is shrunk on both sides together, then on each side alone.
-
-    Args:
-        x: values, one row a channel (rows, K).
-        low: smallest level l.
-        high: largest level h.
-        symmetric: zero point in the middle of the levels.
-        candidates: ranges tried in each of the searches.
-
-    Returns:
-        scale and zero point, each (rows,).
-
-    Example:
-        >>> scale, zero = search_range(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), 0, 3, symmetric=False)
-        >>> scale.item(), zero.item()
-        (1.0, 0.0)
-    """
-    x = x.float()
-    lower, upper = x.amin(1, keepdim=True).clamp_max(0), x.amax(1, keepdim=True).clamp_min(0)
-    best_error = torch.full_like(lower, torch.inf)
-    best_lower, best_upper = lower, upper
-    two_sided = bool((lower < 0).any() and (upper > 0).any()) and not symmetric
-    for side in ("both", "upper", "lower") if two_sided else ("both",):
-        start_lower, start_upper = best_lower, best_upper
-        for ratio in torch.linspace(1.0, 0.15, candidates, device=x.device):
-            to_lower = start_lower if side == "upper" else start_lower * ratio
-            to_upper = start_upper if side == "lower" else start_upper * ratio
-            error = (_levels(x, *_affine(to_lower, to_upper, low, high, symmetric), low, high) - x).square()
-            error = error.mean(1, keepdim=True)
-            better = error < best_error
-            best_error = torch.where(better, error, best_error)
-            best_lower = torch.where(better, to_lower, best_lower)
-            best_upper = torch.where(better, to_upper, best_upper)
-    scale, zero_point = _affine(best_lower, best_upper, low, high, symmetric)
-    return scale.squeeze(1), zero_point.squeeze(1)
-
-
-def largest_weight(largest_activation: int) -> int:
-    r"""The largest magnitude of a weight of which two products fit 16 bits: :math:`2\,a\,|w| \le 32767`.
-
-    Args:
-        largest_activation: largest level a of the unsigned activations.
-
-    Example:
-        >>> largest_weight(255), largest_weight(15)
-        (64, 1092)
-    """
-    return 32767 // (2 * largest_activation)
 
 
 class LearnedQuantizer(nn.Module):
@@ -295,7 +221,7 @@ class LearnedQuantizer(nn.Module):
             self.lower, self.upper = lower, upper
         else:
             self.lower, self.upper = torch.minimum(self.lower, lower), torch.maximum(self.upper, upper)
-        scale, zero = _affine(
+        scale, zero = affine(
             self.lower.clamp_max(0), self.upper.clamp_min(0), self.quant_min, self.quant_max, self.symmetric
         )
         self._set(scale, zero)
@@ -329,11 +255,7 @@ class LearnedQuantizer(nn.Module):
         """Sets the range of least squared error over the observed sample, and forgets the sample."""
         if self._sample:
             x = self._sample[-1] if self.per_channel else torch.cat(self._sample, dim=1)
-            few = x.split(max(1, IN_CACHE // x.shape[1]))
-            found = [
-                search_range(rows, self.quant_min, self.quant_max, symmetric=self.symmetric) for rows in few
-            ]
-            self._set(*map(torch.cat, zip(*found, strict=True)))
+            self._set(*search_range(x, self.quant_min, self.quant_max, symmetric=self.symmetric))
         self._sample.clear()
 
     def bounds(self) -> tuple[Tensor, Tensor]:

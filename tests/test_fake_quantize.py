@@ -12,8 +12,9 @@ from torch.ao.quantization import disable_observer, enable_observer
 from torch.ao.quantization.fake_quantize import FakeQuantize
 from torch.ao.quantization.observer import MinMaxObserver
 
-from adadfq_plugin import fake_quantize as module
-from adadfq_plugin.backends.fx.fake_quantize import LearnedFakeQuantize, search_range
+from adadfq_plugin import ranges
+from adadfq_plugin.backends.fx.fake_quantize import LearnedFakeQuantize
+from adadfq_plugin.ranges import search_range
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -136,7 +137,7 @@ def test_a_large_weight_is_searched_in_pieces_with_the_same_result(monkeypatch: 
     weight = torch.randn(7, 30)
     steps = []
     for most in (2**18, 60, 1):  # in one piece, in pairs of rows, row by row
-        monkeypatch.setattr(module, "IN_CACHE", most)
+        monkeypatch.setattr(ranges, "IN_CACHE", most)
         made = per_channel()
         made.sampling = True
         made(weight)

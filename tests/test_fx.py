@@ -29,10 +29,10 @@ from adadfq_plugin.backends.fx import kernels as kernels_module
 from adadfq_plugin.backends.fx import prepared as prepared_module
 from adadfq_plugin.backends.fx.fake_quantize import LearnedFakeQuantize
 from adadfq_plugin.backends.fx.folding import float_copy, fold_batch_norm
-from adadfq_plugin.backends.fx.kernels import largest_weight
 from adadfq_plugin.config import Scheme
 from adadfq_plugin.contracts import Backend, Phase, Prepared
 from adadfq_plugin.errors import DataError, ModelError, SettingsError
+from adadfq_plugin.ranges import largest_weight
 from adadfq_plugin.streams import readers
 
 pytestmark = pytest.mark.usefixtures("seeded")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch.ao.quantization.fake_quantize import FakeQuantizeBase
 
-from adadfq_plugin.fake_quantize import LearnedQuantizer, search_range
+from adadfq_plugin.fake_quantize import LearnedQuantizer
 
-__all__ = ["LearnedFakeQuantize", "search_range"]
+__all__ = ["LearnedFakeQuantize"]
 
 
 class LearnedFakeQuantize(LearnedQuantizer, FakeQuantizeBase):  # type: ignore[misc]

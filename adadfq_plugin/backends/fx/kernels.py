@@ -14,9 +14,8 @@ from contextlib import contextmanager
 import torch
 
 from adadfq_plugin.errors import SettingsError
-from adadfq_plugin.fake_quantize import largest_weight
 
-__all__ = ["adds_in_16_bits", "best_engine", "has_vnni", "largest_weight", "using_engine"]
+__all__ = ["adds_in_16_bits", "best_engine", "has_vnni", "using_engine"]
 
 GROUPS = {"x86": 100, "fbgemm": 1, "onednn": 1 << 30}
 """Groups up to which an engine's convolutions add in 32 bits where the CPU has VNNI."""

@@ -32,12 +32,13 @@ from adadfq_plugin.backends.fx.graphs import (
     replace_module,
     sites,
 )
-from adadfq_plugin.backends.fx.kernels import GROUPS, adds_in_16_bits, has_vnni, largest_weight, using_engine
+from adadfq_plugin.backends.fx.kernels import GROUPS, adds_in_16_bits, has_vnni, using_engine
 from adadfq_plugin.backends.fx.levels import requantize
 from adadfq_plugin.contracts import Phase
 from adadfq_plugin.errors import ModelError
 from adadfq_plugin.fake_quantize import switched
 from adadfq_plugin.hooks import capture_outputs, module_modes
+from adadfq_plugin.ranges import largest_weight
 
 __all__ = ["ENGINE", "IN_FLOAT", "FXPrepared"]
 

@@ -17,7 +17,7 @@ from adadfq_plugin.backends.pt2e.folding import CONVOLUTIONS, TRANSPOSED
 from adadfq_plugin.backends.pt2e.graphs import aten, is_constant
 from adadfq_plugin.config import Scheme
 from adadfq_plugin.errors import SettingsError
-from adadfq_plugin.fake_quantize import largest_weight
+from adadfq_plugin.ranges import largest_weight
 from adadfq_plugin.streams import normed_sums
 
 __all__ = ["SchemeQuantizer"]
