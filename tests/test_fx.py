@@ -242,6 +242,14 @@ def weight_levels(bits: int) -> tuple[set[int], list[str]]:
     return {m.quant_min for m in quantizers if m.per_channel}, opened.notes
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_convolution_rounded_before_its_sum_is_told_at_few_bits(bits: int) -> None:
+    told = [
+        note for note in weight_levels(bits)[1] if note.startswith("1 sum has a convolution's result rounded")
+    ]
+    assert len(told) == (bits < 8)
+
+
 @pytest.mark.parametrize("engine", ["x86", "fbgemm", "onednn", "qnnpack"])
 def test_without_vnni_weights_are_narrowed(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepared_module, "has_vnni", lambda: False)
@@ -249,7 +257,7 @@ def test_without_vnni_weights_are_narrowed(engine: str, monkeypatch: pytest.Monk
         pytest.skip(f"no {engine} in this build of torch")
     with using_engine(engine):
         levels, notes = weight_levels(8)
-        assert not weight_levels(4)[1]  # four-bit weights can't overflow
+        assert not any("7-bit" in note for note in weight_levels(4)[1])  # four-bit weights can't overflow
     if engine == "qnnpack":
         assert (levels, notes) == ({-128}, [])
     else:

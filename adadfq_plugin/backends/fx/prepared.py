@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import cast
@@ -48,6 +49,7 @@ CALIBRATED = "adadfq_calibrated"
 """Key of ``meta`` for models that :meth:`FXPrepared.commit` has written."""
 IN_FLOAT = "adadfq_in_float"
 """Key of ``meta`` for sentences about what was left in float."""
+SUMS = (operator.add, torch.add, "add")
 AVERAGES = (*POOLINGS, torch.mean, "mean")
 
 
@@ -86,6 +88,7 @@ class FXPrepared:
             self._widen_boundary()
             self._fit_kernels()
             self._mark_averages()
+            self._note_rounded_terms()
         self._refuse_nothing_quantized()
 
     # -- what was prepared -------------------------------------------------------------------------
@@ -154,6 +157,23 @@ class FXPrepared:
             if quantizer is None or not isinstance(source, Node):
                 continue
             quantizer.averages |= called(self.module, source) in AVERAGES
+
+    def _note_rounded_terms(self) -> None:
+        """Inductor adds within a convolution, where torch.ao rounds first: with few levels that costs accuracy."""
+        sums = {
+            user
+            for node in quantizer_nodes(self.module)
+            if (quantizer := self._quantizer_of(node)) is not None and quantizer.bits < 8
+            if isinstance(module_of(self.module, node.all_input_nodes[0]), nn.Conv2d)
+            for user in node.users
+            if user.target in SUMS
+        }
+        if sums:
+            what = f"{len(sums)} sums have" if len(sums) > 1 else "1 sum has"
+            self.notes.append(
+                f"{what} a convolution's result rounded first, as torch.ao's kernels need it; those of backend "
+                "'pt2e' don't, and with few bits that is more accurate"
+            )
 
     def _weight_quantizer(self, node: Node) -> LearnedFakeQuantize | None:
         found = getattr(module_of(self.module, node), "weight_fake_quant", None)
