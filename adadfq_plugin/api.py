@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -178,8 +179,10 @@ def calibrate(
     """
     chosen = methods().get(method)
     made = method_settings(chosen, settings, preset)
-    if minutes is not None and not minutes > 0:
-        raise SettingsError(f"minutes = {minutes!r} must be positive")
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise SettingsError(f"minutes = {minutes!r} must be positive and finite")
+    if not 0 <= seed < 2**64:
+        raise SettingsError(f"seed = {seed!r} must be a number from 0 to 2**64 - 1")
     where = _device(device) if device is not None else device_of(prepared)
     toolkit = backend_of(prepared, backend)
     with fork_rng(seed):
@@ -200,10 +203,12 @@ def calibrate(
     told = [f"not told, so taken: {'; '.join(found)}"] if found else []
     for line in told:
         warnings.warn(f"adadfq_plugin: {line}; pass them by keyword", UserWarning, stacklevel=2)
-    frozen = make_teacher(source, facts, name=type(source).__name__, device=where)
+    frozen = make_teacher(source, facts, device=where)
     if frozen.channels_last:
         opened.module.to(memory_format=torch.channels_last)
     opened.module.to(where)
+    with fork_rng(seed, where):
+        comparison.refuse_random(frozen, where)
     if teacher is not None:
         difference = comparison.not_the_teacher(frozen, opened, where)
         if difference:
@@ -317,8 +322,11 @@ def synthesize(model: nn.Module, count: int, **arguments: Any) -> SyntheticDatas
     if count < 1:
         raise SettingsError(f"count = {count} must be at least 1")
     settings = arguments.pop("settings", None)
-    changes = settings.model_dump() if isinstance(settings, Settings) else dict(settings or {})
-    return quantize(model, settings={**changes, "samples": count}, **arguments).samples
+    if isinstance(settings, Settings):
+        settings = settings.model_copy(update={"samples": count})
+    else:
+        settings = {**(settings or {}), "samples": count}
+    return quantize(model, settings=settings, **arguments).samples
 
 
 def evaluate(
@@ -333,7 +341,7 @@ def evaluate(
     Args:
         model: float, prepared or converted; evaluated in eval mode, and put back.
         batches: images (N, channels, H, W), normalised, with labels (N,).
-        device: where to run; None: the CPU.
+        device: where the images go; None: where the model is.
         progress: called with the number of images so far.
 
     Raises:
@@ -342,9 +350,10 @@ def evaluate(
     right = count = 0
     frozen = not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule)
     modes = nullcontext() if frozen else module_modes(cast(nn.Module, model), False)
+    where = device or (device_of(model) if isinstance(model, nn.Module) else "cpu")
     with torch.no_grad(), modes:
         for images, labels in batches:
-            logits = model(images.to(device or "cpu")).cpu()
+            logits = model(images.to(where)).cpu()
             right += int((logits.argmax(1) == labels.cpu()).sum())
             count += len(labels)
             if progress is not None:

@@ -13,12 +13,34 @@ from adadfq_plugin.errors import ModelError
 from adadfq_plugin.functional import disagreement_information, normalized_information, sqnr_db, top1_agreement
 from adadfq_plugin.teacher import Teacher
 
-__all__ = ["figures", "not_the_teacher"]
+__all__ = ["figures", "not_the_teacher", "refuse_random"]
 
 TOLERANCE = 0.01
 """Largest difference of logits, relative to the largest one, between a network and its prepared copy."""
 PIECE = 16
 """Images a forward pass."""
+
+
+def refuse_random(teacher: Teacher, device: torch.device) -> None:
+    """Refuses a network that answers otherwise when it is asked again.
+
+    Args:
+        teacher: P.
+        device: where it is.
+
+    Raises:
+        ModelError: two passes over the same images differ.
+    """
+    images = _noise(teacher, device)
+    with torch.no_grad():
+        once, again = teacher(images), teacher(images)
+    if not torch.allclose(
+        once, again, rtol=TOLERANCE, atol=TOLERANCE * float(once.abs().max()), equal_nan=True
+    ):
+        raise ModelError(
+            "the network draws random numbers (drop path, noise) also when it only answers: call eval() on it before "
+            "it is traced, or switch that off; adadfq_plugin.prepare traces the network as it is in eval mode"
+        )
 
 
 def not_the_teacher(teacher: Teacher, prepared: Prepared, device: torch.device) -> str:
@@ -35,9 +57,7 @@ def not_the_teacher(teacher: Teacher, prepared: Prepared, device: torch.device) 
     Raises:
         ModelError: another number of logits.
     """
-    size = teacher.facts.input_size
-    noise = torch.randn(4, *size, generator=torch.Generator().manual_seed(0))
-    images = teacher.facts.from_standard(noise).to(device)
+    images = _noise(teacher, device)
     twin = prepared.reference()  # the toolkit's own observers can't be told not to observe
     with torch.no_grad(), twin.phase(Phase.FLOAT):
         expected, found = teacher(images), twin.module(images)
@@ -55,6 +75,11 @@ def not_the_teacher(teacher: Teacher, prepared: Prepared, device: torch.device) 
         "It was trained since, or copied from another network, or torchao has given its BatchNorm layers another "
         "epsilon (1e-5 in quantization-aware layers)"
     )
+
+
+def _noise(teacher: Teacher, device: torch.device) -> Tensor:
+    noise = torch.randn(4, *teacher.facts.input_size, generator=torch.Generator().manual_seed(0))
+    return teacher.facts.from_standard(noise).to(device)
 
 
 def figures(

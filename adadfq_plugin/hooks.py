@@ -188,7 +188,12 @@ def capture_calls(module: nn.Module, names: Collection[str]) -> Iterator[list[Ca
     def stop(*_: Any) -> None:
         running.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
+    def stop_all() -> None:  # torch calls no hook after Ctrl-C
+        while running:
+            stop()
+
     with ExitStack() as handles:
+        handles.callback(stop_all)
         handles.callback(module.register_forward_pre_hook(start).remove)
         handles.callback(module.register_forward_hook(stop, always_call=True).remove)
         yield calls

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Protocol, cast
 
 import torch
@@ -82,13 +83,18 @@ class BNStatistics:
         self.relative = relative
 
     def reason(self, model: nn.Module, images: Tensor) -> str | None:
-        """None where a layer has been trained."""
+        """None where a layer that takes part has been trained."""
         layers = batch_norms(model)
         if not layers:
             return (
                 "the network has no BatchNorm layer that keeps running statistics (if prepare_fx or prepare_pt2e "
                 "folded them away, pass teacher= the float model)"
             )
+        with capture_inputs(layers) as seen, torch.no_grad():
+            model(images)
+        layers = {name: layer for name, layer in layers.items() if name in seen}
+        if not layers:
+            return "none of its BatchNorm layers takes part in what it answers"
         fresh = [
             name
             for name, layer in layers.items()
@@ -104,27 +110,56 @@ class BNStatistics:
     def watch(self, model: nn.Module) -> Iterator[Callable[[], Tensor]]:
         """The loss over the most recent forward pass of ``model``."""
         layers = batch_norms(model)
-        expected = [cast(Tensor, layer.running_mean) for layer in layers.values()]
-        spread = [cast(Tensor, layer.running_var) for layer in layers.values()]
-        sizes = [len(each) for each in expected]
-        units: tuple[Tensor, Tensor] | None = None
-        if self.relative:
-            eps = [cast(float, layer.eps) for layer in layers.values()]
-            deviations = [(each + small).sqrt() for each, small in zip(spread, eps, strict=True)]
-            units = torch.cat(expected), torch.cat(deviations)
-            expected, spread = [torch.zeros_like(each) for each in spread], [*map(torch.ones_like, spread)]
+        targets: _Targets | None = None
         with capture_inputs(layers) as seen:
 
             def loss() -> Tensor:
-                moments = [channel_moments(seen[name]) for name in layers]
+                nonlocal targets
+                if targets is None:  # an auxiliary head takes no part
+                    reached = {name: layer for name, layer in layers.items() if name in seen}
+                    targets = _Targets.of(reached, self.relative)
+                moments = [channel_moments(seen[name]) for name in targets.names]
                 seen.clear()  # they are as large as the network's graph
                 means, variances = map(torch.cat, zip(*moments, strict=True))
-                if units is not None:  # all layers at a time: they are many and small
-                    middle, unit = units
-                    means, variances = (means - middle) / unit, (variances + SMALLEST).sqrt() / unit
-                return bn_statistics_loss(means.split(sizes), variances.split(sizes), expected, spread)
+                return targets.loss(means, variances)
 
             yield loss
+
+
+@dataclass(frozen=True)
+class _Targets:
+    """The running statistics of layers, of all at a time: they are many and small.
+
+    Args:
+        names: of the layers.
+        means: running means.
+        variances: running variances; 1 in relative units.
+        units: the means and deviations (channels of all layers,) that relative statistics are measured by.
+    """
+
+    names: list[str]
+    means: list[Tensor]
+    variances: list[Tensor]
+    units: tuple[Tensor, Tensor] | None
+
+    @classmethod
+    def of(cls, layers: Mapping[str, nn.Module], relative: bool) -> _Targets:
+        means = [cast(Tensor, layer.running_mean) for layer in layers.values()]
+        variances = [cast(Tensor, layer.running_var) for layer in layers.values()]
+        if not relative:
+            return cls(list(layers), means, variances, None)
+        eps = [cast(float, layer.eps) for layer in layers.values()]
+        deviations = [(each + small).sqrt() for each, small in zip(variances, eps, strict=True)]
+        units = torch.cat(means), torch.cat(deviations)
+        return cls(list(layers), [*map(torch.zeros_like, means)], [*map(torch.ones_like, means)], units)
+
+    def loss(self, means: Tensor, variances: Tensor) -> Tensor:
+        """The loss of a batch's statistics (channels of all layers,)."""
+        if self.units is not None:
+            middle, unit = self.units
+            means, variances = (means - middle) / unit, (variances + SMALLEST).sqrt() / unit
+        sizes = [len(each) for each in self.means]
+        return bn_statistics_loss(means.split(sizes), variances.split(sizes), self.means, self.variances)
 
 
 class _OfCalls:

@@ -9,6 +9,8 @@ __all__ = ["SMALLEST_STEP", "affine", "largest_weight", "search_range"]
 
 IN_CACHE = 2**18
 """Values searched at a time: the weights of a large layer take nine times as long in one piece."""
+CANDIDATES, SMALLEST_RATIO = 48, 0.15
+"""Ranges tried in each search, down to this share of the widest."""
 SMALLEST_STEP = torch.finfo(torch.float32).eps
 
 
@@ -41,9 +43,7 @@ def affine(lower: Tensor, upper: Tensor, low: int, high: int, symmetric: bool) -
     return scale, (low - (lower / scale).round()).clamp(low, high)
 
 
-def search_range(
-    x: Tensor, low: int, high: int, *, symmetric: bool, candidates: int = 48
-) -> tuple[Tensor, Tensor]:
+def search_range(x: Tensor, low: int, high: int, *, symmetric: bool) -> tuple[Tensor, Tensor]:
     r"""Scale and zero point of least squared error, by a search over clipped ranges.
 
     .. math:: \min_{s, z} \sum_i \bigl(s\,(\mathrm{clip}(\mathrm{round}(x_i/s) + z, l, h) - z) - x_i\bigr)^2
@@ -55,7 +55,6 @@ def search_range(
         low: smallest level l.
         high: largest level h.
         symmetric: zero point in the middle of the levels.
-        candidates: ranges tried in each of the searches.
 
     Returns:
         scale and zero point, each (rows,).
@@ -66,19 +65,19 @@ def search_range(
         (1.0, 0.0)
     """
     pieces = x.float().split(max(1, IN_CACHE // x.shape[1]))
-    found = [_search(rows, low, high, symmetric, candidates) for rows in pieces]
+    found = [_search(rows, low, high, symmetric) for rows in pieces]
     scale, zero_point = map(torch.cat, zip(*found, strict=True))
     return scale, zero_point
 
 
-def _search(x: Tensor, low: int, high: int, symmetric: bool, candidates: int) -> tuple[Tensor, Tensor]:
+def _search(x: Tensor, low: int, high: int, symmetric: bool) -> tuple[Tensor, Tensor]:
     lower, upper = x.amin(1, keepdim=True).clamp_max(0), x.amax(1, keepdim=True).clamp_min(0)
     best_error = torch.full_like(lower, torch.inf)
     best_lower, best_upper = lower, upper
     two_sided = bool((lower < 0).any() and (upper > 0).any()) and not symmetric
     for side in ("both", "upper", "lower") if two_sided else ("both",):
         start_lower, start_upper = best_lower, best_upper
-        for ratio in torch.linspace(1.0, 0.15, candidates, device=x.device):
+        for ratio in torch.linspace(1.0, SMALLEST_RATIO, CANDIDATES, device=x.device):
             to_lower = start_lower if side == "upper" else start_lower * ratio
             to_upper = start_upper if side == "lower" else start_upper * ratio
             error = (_levels(x, *affine(to_lower, to_upper, low, high, symmetric), low, high) - x).square()

@@ -118,14 +118,12 @@ class Teacher:
     Args:
         model: maps images (N, channels, height, width) to logits (N, C).
         facts: what is known of its images.
-        name: what the report calls it.
         macs: multiply-adds of one image.
         channels_last: whether images and weights are laid out channels last, which is faster for large images.
     """
 
     model: nn.Module
     facts: Facts
-    name: str = "model"
     macs: int = 0
     channels_last: bool = False
 
@@ -134,9 +132,7 @@ class Teacher:
         return logits
 
 
-def make_teacher(
-    model: nn.Module, facts: Facts, *, name: str = "model", device: torch.device | str = "cpu"
-) -> Teacher:
+def make_teacher(model: nn.Module, facts: Facts, *, device: torch.device | str = "cpu") -> Teacher:
     """A frozen private copy of ``model``; the original is not touched.
 
     Raises:
@@ -147,7 +143,7 @@ def make_teacher(
     channels_last = facts.large and not any(map(_rules_out_channels_last, frozen.modules()))
     if channels_last:
         frozen.to(memory_format=torch.channels_last)
-    return Teacher(frozen, facts, name, multiply_adds(frozen, facts.input_size), channels_last)
+    return Teacher(frozen, facts, multiply_adds(frozen, facts.input_size), channels_last)
 
 
 def refuse_nan(model: nn.Module, *, buffers: bool = False) -> None:
@@ -241,22 +237,29 @@ def _smallest_map(model: nn.Module, input_size: Sequence[int]) -> int:
 
 def _try_sizes(model: nn.Module) -> tuple[tuple[int, int, int], str]:
     """An input size that the model takes, with the reason for the choice."""
-    channels, runs = _channels(model), {}
+    channels = _channels(model)
+    smallest: dict[int, int] = {}
     for side in TRIAL_SIDES:
-        try:
-            shape = _logits_shape(model, (channels, side, side))
-        except (RuntimeError, ValueError, AssertionError, IndexError):
+        size = (channels, side, side)
+        if not _takes(model, size):
             continue
-        runs[side] = shape[-1]
-        usual = USUAL_SIDE.get(shape[-1])
-        smallest = _smallest_map(model, (channels, side, side))
-        if side == usual and smallest >= 2:
-            return (channels, side, side), f"guess: usual for {shape[-1]} classes, and the model takes it"
-    if not runs:
+        classes = _logits_shape(model, size)[-1]
+        smallest[side] = _smallest_map(model, size)
+        if side == USUAL_SIDE.get(classes) and smallest[side] >= 2:
+            return size, f"guess: usual for {classes} classes, and the model takes it"
+    if not smallest:
         tried = ", ".join(map(str, sorted(TRIAL_SIDES)))
         raise ModelError(f"no square image of side {tried} runs through the model; pass input_size=")
-    side = min(runs, key=lambda each: abs(math.log(_smallest_map(model, (channels, each, each)) / 7)))
+    side = min(smallest, key=lambda each: abs(math.log(smallest[each] / 7)))
     return (channels, side, side), "guess: its last feature map comes nearest to 7 pixels"
+
+
+def _takes(model: nn.Module, size: tuple[int, int, int]) -> bool:
+    try:
+        _logits_shape(model, size)
+    except (RuntimeError, ValueError, AssertionError, IndexError):
+        return False
+    return True
 
 
 def _as_size(value: Any, channels: int) -> tuple[int, int, int]:
@@ -306,6 +309,8 @@ def find_facts(
         size, sources["input_size"] = _as_size(kept, _channels(model)), "model"
     elif timm.get("input_size"):
         size, sources["input_size"] = _as_size(timm["input_size"], _channels(model)), "timm"
+        if size[0] != _channels(model) and not _takes(model, size):  # built with in_chans=
+            size = (_channels(model), *size[1:])
     else:
         size, sources["input_size"] = _try_sizes(model)
     try:
@@ -329,7 +334,8 @@ def find_facts(
     constants: dict[str, tuple[float, ...]] = {}
     usual = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
     for name, given in (("mean", mean), ("std", std)):
-        told = given if given is not None else timm.get(name)
+        left = timm.get(name) if len(timm.get(name) or ()) == size[0] else None
+        told = given if given is not None else left
         if told is not None:
             constants[name], sources[name] = tuple(told), "argument" if given is not None else "timm"
         else:

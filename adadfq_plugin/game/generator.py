@@ -85,6 +85,8 @@ class GeneratorPlayer:
             self.generator.to(memory_format=torch.channels_last)
         self.parameters = list(self.generator.parameters())
         self._recipes = itertools.cycle(RECIPES)
+        self.skipped = 0
+        """Updates left out, for their gradients were not finite."""
         self.optimizer = torch.optim.Adam(
             self.parameters, lr=settings.generator_learning_rate, betas=(0.5, 0.999)
         )
@@ -150,6 +152,8 @@ class GeneratorPlayer:
             the images, valid pixels still, and the figures of the last step.
         """
         recipe, facts = next(self._recipes), self.teacher.facts
+        if pace.total == 0:
+            return images.detach(), {}
         white = whitened(facts.to_standard(images.detach()), recipe.fall).requires_grad_(True)
         shape = len(images), self.generator.size
         contrast = local_contrast(*shape, self._rng).to(images) if recipe.uneven else 1.0
@@ -227,6 +231,9 @@ class GeneratorPlayer:
         self._apply(list(gradients), 1 - (1 - PLAYING) * fraction)
 
     def _apply(self, gradients: list[Tensor], rate: float) -> None:
+        if not bool(torch.isfinite(nn.utils.get_total_norm(gradients))):  # as Q's may be
+            self.skipped += 1
+            return
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.generator_learning_rate * rate
         for parameter, gradient in zip(self.parameters, gradients, strict=True):

@@ -154,7 +154,7 @@ class QuantizedPlayer:
         """What Q minimises on one batch that it and :meth:`answers` have seen; no gradient reaches P."""
         match = kl_divergence_loss if self.settings.loss == "kl" else quantized_loss
         loss = match(z_p.detach(), z_q, temperature=self.settings.temperature)
-        if not self.feature_weight:
+        if not self._of_p:  # of no weight, or no activation is quantized
             return loss
         names = list(self._of_p)
         features = feature_loss([self._of_p[name] for name in names], [self._of_q[name] for name in names])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -46,6 +46,8 @@ class Run:
         self.pool = ReplayPool(2 * self.plan.samples, self.rng)
         self.held_out = torch.empty(0)
         """Images that Q does not learn from: what its states are judged by."""
+        self._refine = self.plan.refine
+        """Steps on each batch of the game: no more than a time limit left for the others."""
         self._reference: Prepared | None = None
         """Q with P's weights, where its activations count."""
         self.history = History()
@@ -83,8 +85,15 @@ class Run:
 
     def make_samples(self, player: GeneratorPlayer) -> None:
         """Fills the pool with images that G made and that were then refined."""
+
+        def draw() -> tuple[Tensor, Tensor, Mapping[str, float]]:
+            pace = self.plan.pace("samples")
+            made = player.kept(prior, pace)
+            self._refine = min(self._refine, pace.step)
+            return made
+
         with player.watching() as prior:
-            self.fill(lambda: player.kept(prior, self.plan.pace("samples")))
+            self.fill(draw)
 
     def fill(self, draw: Callable[[], tuple[Tensor, Tensor, Mapping[str, float]]]) -> None:
         """Draws batches of images, labels and figures until the pool is full; some of each judge Q's states instead."""
@@ -176,20 +185,19 @@ class Run:
         learner = QuantizedPlayer(
             task.prepared, task.teacher, task.settings, pace, self._reference, self.plan.batch_size
         )
-        watching = player.watching() if player is not None else nullcontext()
-        # P answers for the images kept out before it is watched
-        with self._timed("game"), learner.learning(), self._judged(learner, pace) as judge, watching as prior:
+        with self._timed("game"), learner.learning(), self._judged(learner, pace) as judge:
             for step in pace:
-                if player is not None and prior is not None and self._is_round(step):
-                    figures = self._round(player, prior, learner)
+                if player is not None and self._is_round(step):
+                    figures = self._round(player, learner)
                 else:
                     figures = self._lesson(learner, player)
                 self._report("game", step, pace.total, {**figures, **judge()})
         self._tell(pace, "the training of Q")
-        if learner.skipped:
-            self.notes.append(
-                f"{learner.skipped} of {pace.step} updates of Q were left out: their gradients were not finite"
-            )
+        for name, skipped in (("Q", learner.skipped), ("G", player.skipped if player is not None else 0)):
+            if skipped:
+                self.notes.append(
+                    f"{skipped} updates of {name} were left out: their gradients were not finite"
+                )
 
     def _best(self, parameters: Sequence[nn.Parameter]) -> BestState:
         task = self.task
@@ -228,9 +236,7 @@ class Run:
         settings = self.task.settings
         return isinstance(settings, AdaDFQSettings) and (step - 1) % settings.generator_interval == 0
 
-    def _round(
-        self, player: GeneratorPlayer, prior: Callable[[], Tensor], learner: QuantizedPlayer
-    ) -> dict[str, float]:
+    def _round(self, player: GeneratorPlayer, learner: QuantizedPlayer) -> dict[str, float]:
         """G moves on its newest batch. Q learns from the pool, which takes the batch in once it is refined.
 
         Without replay Q moves on the batch as it is.
@@ -241,11 +247,13 @@ class Run:
         quantized: Callable[[Tensor], Tensor] = self.task.prepared.module
         if settings.replay and self.task.teacher.facts.large:
             quantized = partial(in_pieces, quantized, size=PIECE // 2)
-        z_p, z_q = self.task.teacher(images), quantized(images)
-        for_g, figures = player.play(prior, z_p, z_q, labels, keep_graph=not settings.replay)
+        with player.watching() as prior:
+            z_p, z_q = self.task.teacher(images), quantized(images)
+            for_g, figures = player.play(prior, z_p, z_q, labels, keep_graph=not settings.replay)
+            if settings.replay:
+                player.update(for_g)
+                images, refined = player.refine(prior, images, labels, Pace(self._refine))
         if settings.replay:
-            player.update(for_g)
-            images, refined = player.refine(prior, images, labels, Pace(self.plan.refine))
             self.pool.add(images, labels)
             after = {f"refined_{name}": value for name, value in refined.items()}
             return {**figures, **after, **self._lesson(learner, player)}

@@ -14,6 +14,7 @@ __all__ = ["AdaDFQ"]
 _PAPER: dict[str, Any] = {
     # 400 epochs of 200 steps of 16 images; every batch is new to Q and one step of G comes with each of Q
     "batch_size": 16,
+    "generator_batch_size": 16,
     "generator_interval": 1,
     "replay": False,
     "latent_dim": 100,
@@ -77,7 +78,9 @@ class AdaDFQ:
 
     def calibrate(self, task: Task) -> Outcome:
         """Warm-up, ranges, game."""
-        run = Run(task)
+        settings = task.settings
+        assert isinstance(settings, AdaDFQSettings)
+        run = Run(task, views=settings.replay)  # what is shown once needs no views
         player = run.player()
         run.warm_up(player)
         run.make_samples(player)

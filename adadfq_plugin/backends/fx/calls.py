@@ -22,6 +22,7 @@ __all__ = [
     "create_beside",
     "in_float",
     "on_constant",
+    "with_argument",
     "with_item",
 ]
 
@@ -145,8 +146,7 @@ def as_call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     if name == "mean" and _is_global_average(*args, **kwargs):
         return Call("call_function", F.adaptive_avg_pool2d, (args[0], 1), {})
     if not is_method:
-        args, kwargs = _without_inplace(func, args, kwargs)
-        return Call("call_function", func, args, kwargs)
+        return Call("call_function", func, *with_argument(func, args, kwargs, "inplace", False))
     if not kwargs and name in _OPERATORS and len(args) <= 2:
         return Call("call_function", _OPERATORS[name], args, {})
     if not kwargs and name in _REFLECTED:
@@ -175,13 +175,15 @@ def _signature(func: Callable[..., Any]) -> inspect.Signature | None:
         return None
 
 
-def _without_inplace(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+def with_argument(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], name: str, value: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments with ``inplace`` off."""
+    """Return the arguments of a call with one of them set, where the function has one of that name."""
+    if name in kwargs:
+        return args, {**kwargs, name: value}
     signature = _signature(func)
-    if signature is None or "inplace" not in signature.parameters:
+    if signature is None or name not in signature.parameters:
         return args, kwargs
     bound = signature.bind(*args, **kwargs)
-    bound.arguments["inplace"] = False
+    bound.arguments[name] = value
     return bound.args, bound.kwargs

@@ -33,6 +33,7 @@ from adadfq_plugin.backends.fx.graphs import (
     replace_module,
     sites,
 )
+from adadfq_plugin.backends.fx.inference import as_inference
 from adadfq_plugin.backends.fx.kernels import GROUPS, adds_in_16_bits, has_vnni, using_engine
 from adadfq_plugin.backends.fx.levels import requantize
 from adadfq_plugin.contracts import Phase
@@ -67,6 +68,7 @@ class FXPrepared:
         self.notes: list[str] = list(original.meta.get(IN_FLOAT, ()))
         self.engine: str = original.meta.get(ENGINE, torch.backends.quantized.engine)
         self.module: GraphModule = copy.deepcopy(original)
+        as_inference(self.module)
         self.trainable = bool(prepared_attributes(original).is_qat)
         self.origins = separate_calls(self.module)
         """What module each copy was made of, by name; each call has a module of its own."""
@@ -259,7 +261,9 @@ class FXPrepared:
     def float_model(self) -> nn.Module:
         """The network before it was prepared."""
         self._refuse_again()
-        return float_copy(self._original)
+        model = float_copy(self._original)
+        as_inference(model)
+        return model
 
     # -- the way out -------------------------------------------------------------------------------
 
@@ -292,5 +296,5 @@ class FXPrepared:
         """The integer network that ``convert_fx`` makes of the calibrated state."""
         self.finish()
         with using_engine(self.engine):
-            converted: nn.Module = convert_fx(copy.deepcopy(self.module).eval())
+            converted: nn.Module = convert_fx(copy.deepcopy(self.module).cpu().eval())
         return converted

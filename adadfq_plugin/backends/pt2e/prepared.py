@@ -269,4 +269,4 @@ class PT2EPrepared:
         """The network that ``convert_pt2e`` makes of the calibrated state."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            return cast(nn.Module, convert_pt2e(self.finish()))
+            return cast(nn.Module, convert_pt2e(self.finish().cpu()))
