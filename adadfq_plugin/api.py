@@ -24,9 +24,9 @@ from adadfq_plugin.choice import (
     scheme_of,
 )
 from adadfq_plugin.config import Scheme, Settings
-from adadfq_plugin.contracts import Progress, Task
+from adadfq_plugin.contracts import Outcome, Progress, Task
 from adadfq_plugin.dataset import SyntheticDataset
-from adadfq_plugin.errors import SettingsError, first_line
+from adadfq_plugin.errors import BrokenPluginError, SettingsError, first_line
 from adadfq_plugin.history import History
 from adadfq_plugin.hooks import fork_rng, module_modes
 from adadfq_plugin.teacher import Facts, device_of, find_facts, make_teacher, refuse_nan
@@ -126,6 +126,7 @@ def prepare(
         ModelError: a model that can't be prepared, with the reason.
     """
     with module_modes(model, False):
+        refuse_nan(model, buffers=True)
         facts = find_facts(model, input_size=input_size)
     with fork_rng(0):  # toolkits initialise the modules that they build, to no effect
         return prepare_with(model, facts.input_size, scheme_of(scheme), backend)[0]
@@ -181,6 +182,8 @@ def calibrate(
     made = method_settings(chosen, settings, preset)
     if minutes is not None and not 0 < minutes < math.inf:
         raise SettingsError(f"minutes = {minutes!r} must be positive and finite")
+    if torch.is_inference_mode_enabled():
+        raise SettingsError("training needs gradients: call it outside of torch.inference_mode()")
     if not 0 <= seed < 2**64:
         raise SettingsError(f"seed = {seed!r} must be a number from 0 to 2**64 - 1")
     where = _device(device) if device is not None else device_of(prepared)
@@ -214,9 +217,13 @@ def calibrate(
         if difference:
             told.append(difference)
             warnings.warn(f"adadfq_plugin: {difference}", UserWarning, stacklevel=2)
-    with fork_rng(seed, where):
+    with fork_rng(seed, where), torch.enable_grad():
         task = Task(frozen, opened, made, seed, where, progress or _silent, minutes)
         outcome = chosen.calibrate(task)
+        if not isinstance(outcome, Outcome):
+            raise BrokenPluginError(
+                f"method {method!r} returned {type(outcome).__name__}, not adadfq_plugin.contracts.Outcome"
+            )
         figures = comparison.figures(frozen, opened, outcome.samples, where)
         opened.module.to(device_of(prepared)).to(memory_format=torch.contiguous_format)
         opened.commit()
@@ -283,6 +290,7 @@ def quantize(
     widths = scheme_of(scheme)
     method_settings(methods().get(method), settings, preset)  # refuse before any work
     with module_modes(model, False):
+        refuse_nan(model, buffers=True)
         facts = find_facts(model, input_size=input_size, num_classes=num_classes, mean=mean, std=std)
     with fork_rng(seed):
         prepared, toolkit = prepare_with(model, facts.input_size, widths, backend)

@@ -61,7 +61,7 @@ def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
         OutputError: ``path`` holds something and ``replace`` is off, it is a file, or the operating
             system refuses; the message names ``path`` and the reason.
     """
-    target = Path(path)
+    target = Path(path).resolve()  # what a link points to is replaced, and the link stays
     temporary = _open_folder(target, replace)
     try:
         yield temporary
@@ -84,7 +84,7 @@ def check_folder(path: str | Path, *, replace: bool = False) -> None:
     Raises:
         OutputError: as :func:`atomic_folder`.
     """
-    _open_folder(Path(path), replace).rmdir()
+    _open_folder(Path(path).resolve(), replace).rmdir()
 
 
 def check_file(path: str | Path) -> None:
@@ -114,6 +114,8 @@ def _open_folder(target: Path, replace: bool) -> Path:
             raise OutputError(f"{target} is a file, not a folder")
         if not replace and target.is_dir() and any(target.iterdir()):
             raise OutputError(f"{target} exists and is not empty; it can be replaced (--force)")
+        if Path.cwd().is_relative_to(target) or os.path.ismount(target):
+            raise OutputError(f"{target} is in use: a folder is written whole; name one that isn't there yet")
         temporary = _sibling(target)
         temporary.mkdir(parents=True)
     except OSError as error:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from adadfq_plugin.errors import ModelError, first_line
@@ -159,6 +161,8 @@ def refuse_nan(model: nn.Module, *, buffers: bool = False) -> None:
         bad = tensor.isnan() if bound else ~tensor.isfinite()
         if tensor.is_floating_point() and bool(bad.any()):
             raise ModelError(f"{name!r} holds NaN or infinite values; load trained weights first")
+        if name.endswith("running_var") and bool((tensor < 0).any()):
+            raise ModelError(f"{name!r} holds a negative variance; load trained weights first")
 
 
 def _rules_out_channels_last(module: nn.Module) -> bool:
@@ -184,9 +188,22 @@ def multiply_adds(model: nn.Module, input_size: Sequence[int]) -> int:
         >>> multiply_adds(nn.Conv2d(3, 8, 3, padding=1), (3, 4, 4))
         3456
     """
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    # the counter knows nothing of fused attention
+    unfused = _unfused_attention(), sdpa_kernel(SDPBackend.MATH)
+    with unfused[0], unfused[1], FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(2, *input_size, device=device_of(model)))
     return int(counter.get_total_flops()) // 4  # two images, two operations each
+
+
+@contextmanager
+def _unfused_attention() -> Iterator[None]:
+    """``nn.MultiheadAttention`` by its own products instead of one kernel."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -273,6 +290,19 @@ def _as_size(value: Any, channels: int) -> tuple[int, int, int]:
     return size[0], size[1], size[2]
 
 
+def _numbers(name: str, values: Any, channels: int) -> tuple[float, ...]:
+    """The mean or deviation of each channel, checked for its unit."""
+    try:
+        numbers = tuple(float(each) for each in values)
+    except (TypeError, ValueError):
+        raise ModelError(f"{name} = {values!r} is not one number a channel") from None
+    if len(numbers) != channels:
+        raise ModelError(f"{name} has {len(numbers)} values for {channels} channels")
+    if not all(0 <= each <= 1 for each in numbers):
+        raise ModelError(f"{name} = {numbers} is not in units of pixel / 255, from 0 to 1: divide by 255")
+    return numbers
+
+
 def find_facts(
     model: nn.Module,
     *,
@@ -298,6 +328,13 @@ def find_facts(
         ModelError: the model doesn't take the size, has fewer than two classes, or the facts disagree.
     """
     timm, sources = _left_by_timm((model, *relatives)), {}
+    other = next(
+        (each for each in model.parameters() if each.is_floating_point() and each.dtype != torch.float), None
+    )
+    if other is not None:
+        raise ModelError(
+            f"the model computes in {str(other.dtype).removeprefix('torch.')}; call .float() on it first"
+        )
     notes = [getattr(each, "meta", None) for each in (model, *relatives)]
     kept = next((each["adadfq_input_size"] for each in notes if each and "adadfq_input_size" in each), None)
     if example_inputs is not None and input_size is None:
@@ -320,7 +357,8 @@ def find_facts(
     except Exception as error:
         raise ModelError(
             f"the model does not take images of size {size} (from: {sources['input_size']}): "
-            f"{first_line(error)}; pass input_size="
+            f"{first_line(error)}; "
+            + ("pass another input_size=" if sources["input_size"] == "argument" else "pass input_size=")
         ) from error
     if len(shape) != 2:
         raise ModelError(
@@ -334,15 +372,17 @@ def find_facts(
     constants: dict[str, tuple[float, ...]] = {}
     usual = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
     for name, given in (("mean", mean), ("std", std)):
-        left = timm.get(name) if len(timm.get(name) or ()) == size[0] else None
-        told = given if given is not None else left
-        if told is not None:
-            constants[name], sources[name] = tuple(told), "argument" if given is not None else "timm"
+        left = timm.get(name)
+        if given is not None:
+            constants[name], sources[name] = _numbers(name, given, size[0]), "argument"
+        elif left is not None and len(left) != size[0]:
+            constants[name] = (sum(left) / len(left),) * size[0]
+            sources[name] = "guess: the mean of timm's channels"
+        elif left is not None:
+            constants[name], sources[name] = _numbers(name, left, size[0]), "timm"
         else:
             constants[name] = usual[name] if size[0] == 3 else (0.5,) * size[0]
             sources[name] = "guess: ImageNet's" if size[0] == 3 else "guess: one half"
-        if len(constants[name]) != size[0]:
-            raise ModelError(f"{name} has {len(constants[name])} values for {size[0]} channels")
     if min(constants["std"]) <= 0:
         raise ModelError(f"std {constants['std']} must be positive")
     crop_pct, interpolation = timm.get("crop_pct") or 1.0, timm.get("interpolation") or "bicubic"

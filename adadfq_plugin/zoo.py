@@ -6,7 +6,7 @@ The only module of the package that imports timm, and it does so when it is aske
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
@@ -151,7 +151,7 @@ def facts(model: nn.Module, overrides: Mapping[str, Any] | None = None) -> Facts
 
     Args:
         model: a network of timm, or one with ``pretrained_cfg`` or ``num_classes`` like those.
-        overrides: ``input_size`` or ``img_size``, ``num_classes``, ``mean``, ``std``, ``crop_pct``,
+        overrides: ``input_size`` or ``img_size``, ``in_chans``, ``num_classes``, ``mean``, ``std``, ``crop_pct``,
             ``interpolation``; those that are None don't count.
 
     Raises:
@@ -160,6 +160,9 @@ def facts(model: nn.Module, overrides: Mapping[str, Any] | None = None) -> Facts
     """
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
     timm_has = dict(getattr(model, "pretrained_cfg", None) or {})
+    told: Sequence[int] = given.get("input_size") or ()
+    channels = told[0] if len(told) == 3 else given.get("in_chans")
+    guessed: tuple[str, ...] = _with_channels(timm_has, channels) if channels else ()
     try:
         config = _timm_data().resolve_data_config({"in_chans": 3, **given}, timm_has)
     except AssertionError as error:
@@ -179,6 +182,8 @@ def facts(model: nn.Module, overrides: Mapping[str, Any] | None = None) -> Facts
     for key in ("input_size", "mean", "std", "crop_pct", "interpolation"):
         if key in given or (key == "input_size" and "img_size" in given):
             sources[key] = "argument"
+        elif key in guessed:
+            sources[key] = "guess: the mean of timm's channels"
         elif timm_has.get(key) is not None:
             sources[key] = "timm"
         else:
@@ -192,6 +197,18 @@ def facts(model: nn.Module, overrides: Mapping[str, Any] | None = None) -> Facts
         interpolation=str(config["interpolation"]),
         sources=sources,
     )
+
+
+def _with_channels(config: dict[str, Any], channels: int) -> tuple[str, ...]:
+    """Gives timm's record another number of channels, in place; returns what had to be guessed for that."""
+    size = config.get("input_size") or (3, 224, 224)
+    if size[0] == channels:
+        return ()
+    config["input_size"] = (channels, *size[1:])
+    guessed = tuple(name for name in ("mean", "std") if config.get(name))
+    for name in guessed:
+        config[name] = (sum(config[name]) / len(config[name]),) * channels
+    return guessed
 
 
 def crop_mode(model: nn.Module) -> str:
@@ -327,6 +344,12 @@ def validation_loader(
             indices = _class_indices(folder, reader.class_to_idx, facts.num_classes)
         else:
             indices = data.readers.class_map.load_class_map(str(class_map), str(folder))
+            unlisted = sorted(reader.class_to_idx.keys() - indices.keys())
+            if unlisted:
+                raise DataError(
+                    f"class map {class_map} doesn't list {unlisted[0]!r}, a sub-folder of {folder}: its images would "
+                    "not be counted; list it, or move it away"
+                )
         reader = data.create_dataset("", root=str(folder), class_map=indices).reader
     except (RuntimeError, AssertionError, OSError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise DataError(f"{folder}: {first_line(error)}") from error

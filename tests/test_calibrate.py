@@ -21,7 +21,7 @@ import adadfq_plugin
 from adadfq_plugin import api, comparison
 from adadfq_plugin.config import AdaDFQSettings, Settings
 from adadfq_plugin.contracts import Method
-from adadfq_plugin.errors import AdaDFQError, ModelError, SettingsError, UnknownNameError
+from adadfq_plugin.errors import AdaDFQError, BrokenPluginError, ModelError, SettingsError, UnknownNameError
 from adadfq_plugin.teacher import refuse_nan
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -432,3 +432,38 @@ def test_evaluate_counts() -> None:
     assert model.training
     with pytest.raises(SettingsError, match="no images"):
         adadfq_plugin.evaluate(model, [])
+
+
+@pytest.mark.parametrize("grad", [torch.no_grad, torch.inference_mode])
+def test_the_callers_gradient_mode_is_no_matter_or_refused(grad: Any) -> None:
+    prepared = models.prepared()
+    before = {name: value.clone() for name, value in prepared.state_dict().items()}
+    with grad():
+        if grad is torch.no_grad:
+            assert len(adadfq_plugin.calibrate(prepared, settings=QUICK_G, **TOLD).samples) == 24
+        else:
+            with pytest.raises(SettingsError, match="inference_mode"):
+                adadfq_plugin.calibrate(prepared, settings=QUICK_G, **TOLD)
+            assert all(torch.equal(before[name], value) for name, value in prepared.state_dict().items())
+
+
+def test_broken_weights_are_named_before_anything_is_prepared() -> None:
+    model = models.trained()
+    model.bn2.running_var[0] = -1
+    for call in (adadfq_plugin.prepare, adadfq_plugin.quantize):
+        with pytest.raises(ModelError, match=r"'bn2.running_var' holds a negative variance"):
+            call(model, input_size=16)
+
+
+def test_samples_with_whole_settings_and_a_preset_are_refused() -> None:
+    settings = AdaDFQSettings(**{**QUICK_G, "warmup_steps": 1})
+    assert len(adadfq_plugin.synthesize(models.trained(), 9, settings=settings, **TOLD)) == 9
+    with pytest.raises(SettingsError, match="preset"):
+        adadfq_plugin.synthesize(models.trained(), 9, settings=settings, preset="paper_cifar", **TOLD)
+
+
+def test_a_method_that_returns_nothing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    method = api.methods().get("noise")
+    monkeypatch.setattr(type(method), "calibrate", lambda *_: None)
+    with pytest.raises(BrokenPluginError, match="method 'noise' returned NoneType"):
+        adadfq_plugin.calibrate(models.prepared(), method="noise", settings=QUICK, **TOLD)

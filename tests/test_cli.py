@@ -561,3 +561,22 @@ def test_bars_with_the_time_left_where_somebody_does(
     assert re.search(r"later .*0/7 .*-:--:-- --:--", shown)  # announced, and no time made up for it
     assert re.search(r"warmup .*2/2 .*loss 0\.25", shown)
     assert re.search(r"game .*3/30 .*0:00:00 00:0[01] +margin 0\.125 +kl 2", shown)
+
+
+def test_a_grey_network_is_told_by_its_channels(tmp_path: Path) -> None:
+    with fork_rng(0):
+        model = timm.create_model(NAME, num_classes=3, in_chans=1).train()
+        with torch.no_grad():
+            for _ in range(3):
+                model(torch.randn(16, 1, 32, 32))
+        torch.save(model.state_dict(), tmp_path / "net.pt")
+    for index in range(3):
+        (tmp_path / "val" / str(index)).mkdir(parents=True)
+        Image.new("L", (40, 36), 80 * index).save(tmp_path / "val" / str(index) / "a.png")
+    words = (NAME, "--checkpoint", tmp_path / "net.pt", "--num-classes", 3, "--model-kwargs", "in_chans=1")
+    rest = (*SMALL, *KEPT, *GENERATOR, "--val", tmp_path / "val", "-o", tmp_path / "out")
+    ended = adadfq("quantize", *words, *rest)
+    assert ended.code == 0, ended.output
+    facts = json.loads((tmp_path / "out" / "report.json").read_text())["facts"]
+    assert facts["input_size"] == [1, 32, 32]
+    assert len(facts["mean"]) == 1

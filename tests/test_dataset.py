@@ -260,3 +260,20 @@ def test_checking_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OutputError, match="is a file"):
         check_folder(tmp_path / "file")
+
+
+def test_a_link_stays_and_the_current_folder_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "old").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    with atomic_folder(tmp_path / "link", replace=True) as folder:
+        (folder / "new").touch()
+    assert (tmp_path / "link").is_symlink()
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["new"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "link"]
+    monkeypatch.chdir(tmp_path / "folder")
+    for place in (".", "..", tmp_path / "link"):
+        with pytest.raises(OutputError, match="in use"):
+            check_folder(place, replace=True)

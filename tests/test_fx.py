@@ -10,6 +10,7 @@ from zipfile import ZIP_DEFLATED, ZipFile
 import models
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.ao.quantization import (
     QConfig,
@@ -29,6 +30,7 @@ from adadfq_plugin.backends.fx import kernels as kernels_module
 from adadfq_plugin.backends.fx import prepared as prepared_module
 from adadfq_plugin.backends.fx.fake_quantize import LearnedFakeQuantize
 from adadfq_plugin.backends.fx.folding import float_copy, fold_batch_norm
+from adadfq_plugin.backends.fx.inference import as_inference
 from adadfq_plugin.config import Scheme
 from adadfq_plugin.contracts import Backend, Phase, Prepared
 from adadfq_plugin.errors import DataError, ModelError, SettingsError
@@ -771,3 +773,69 @@ def test_observed_concatenations_convert(qat: bool) -> None:
         expected = model.eval()(batch)
         assert (converted(batch) - expected).abs().mean() <= 0.2 * expected.std()
     assert [len(levels) for levels in models.joined(converted, batch)] == [1, 1]
+
+
+class Overwrites(nn.Module):
+    """Calls that overwrite what they take, of which some is read again, and dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.act, self.conv = nn.ReLU6(inplace=True), nn.Conv2d(8, 8, 3, padding=1)
+        self.swish, self.linear = nn.Hardswish(inplace=True), nn.Linear(8, models.CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x))
+        y = self.conv(self.act(x))
+        x = x + y  # after the activation has overwritten it
+        x = self.swish(self.conv(x))
+        x.mul_(0.5).add_(y)
+        x = F.dropout(F.leaky_relu(x, 0.1, inplace=True), 0.5, self.training)
+        x = F.dropout2d(torch.dropout(x, 0.5, self.training), training=self.training)
+        logits: Tensor = self.linear(F.elu_(x.mean((2, 3))))
+        return logits
+
+
+def test_a_graph_that_overwrites_and_drops_is_calibrated() -> None:
+    """As README has it, on a model in training mode."""
+    model, batch = Overwrites(), models.images(32)
+    with torch.no_grad():
+        for _ in range(30):
+            model(models.images(32))
+        expected = model.eval()(batch)
+    prepared = prepare_qat_fx(model.train(), qconfig_mapping(Scheme()), EXAMPLE)
+    opened = FXBackend().open(prepared)
+    with torch.no_grad(), opened.phase(Phase.FLOAT):
+        torch.testing.assert_close(opened.module(batch), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(opened.float_model().eval()(batch), expected, rtol=1e-4, atol=1e-4)
+    settings = {"samples": 16, "batch_size": 8, "steps": 4, "warmup_steps": 4, "generator_width": 16}
+    told: dict[str, Any] = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
+    adadfq_plugin.calibrate(prepared, example_inputs=EXAMPLE, settings=settings, **told)
+    with torch.no_grad():
+        fake = prepared.eval()(batch)
+        assert torch.equal(fake, prepared(batch))
+        converted = convert_fx(prepared)(batch)
+    assert (fake - expected).abs().mean() < 0.2 * expected.std()
+    assert (fake - converted).abs().mean() < 0.05 * expected.std()
+
+
+def test_a_graph_that_draws_random_numbers_is_refused() -> None:
+    class Drops(models.Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x * torch.bernoulli(torch.full_like(x, 0.8)))
+
+    prepared = prepare_qat_fx(Drops().train(), qconfig_mapping(Scheme()), EXAMPLE)
+    with pytest.raises(ModelError, match="draws random numbers"):
+        adadfq_plugin.calibrate(prepared, example_inputs=EXAMPLE, mean=(0.5,) * 3, std=(0.25,) * 3)
+
+
+def test_a_mean_that_keeps_its_batch_statistics_is_left_alone() -> None:
+    class Batch(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            normed: Tensor = F.batch_norm(x, None, None, training=True)
+            return normed
+
+    traced = torch.fx.symbolic_trace(Batch())
+    as_inference(traced)
+    x = torch.randn(4, 3, 2, 2)
+    assert torch.equal(traced(x), Batch()(x))

@@ -15,11 +15,12 @@ from torch.nn import functional as F
 
 from adadfq_plugin.backends.fx import FXPrepared
 from adadfq_plugin.config import AdaDFQSettings, GeneratorSettings, Settings
-from adadfq_plugin.contracts import Phase
+from adadfq_plugin.contracts import Phase, Task
 from adadfq_plugin.errors import ModelError
 from adadfq_plugin.game import GeneratorPlayer, Pace, ReplayPool, augment, make_plan, mixed, moved, rounding
 from adadfq_plugin.game.best import BestState
 from adadfq_plugin.game.quantized import QuantizedPlayer, in_pieces
+from adadfq_plugin.game.run import Run
 from adadfq_plugin.generators import Generator, coloured, local_contrast, natural_noise, whitened
 from adadfq_plugin.teacher import Facts, Teacher, find_facts, make_teacher, multiply_adds
 
@@ -287,14 +288,14 @@ def test_refined_images_are_better_and_still_images() -> None:
 
     with player.watching() as prior:
         refined, figures = player.refine(prior, images, labels, Pace(60))
-        same, _ = player.refine(prior, images, labels, Pace(0))
+        same = [player.refine(prior, images, labels, Pace(0))[0] for _ in range(8)]  # of each kind
     assert loss(refined) < 0.9 * loss(images)
     assert set(figures) == {"prior", "cross_entropy"}
     pixels = facts.denormalize(refined)
     assert pixels.min() >= -1e-6
     assert pixels.max() <= 1 + 1e-6
     assert torch.equal(images, before)
-    assert torch.allclose(same, images, atol=1e-4)
+    assert all(torch.equal(each, images) for each in same)
     assert not refined.requires_grad
     assert all(parameter.grad is None for parameter in (*teacher.model.parameters(), *player.parameters))
 
@@ -339,6 +340,47 @@ def test_updates_that_are_not_finite_are_left_out() -> None:
     learner.update(good)
     assert learner.skipped == 1
     assert not all(map(torch.equal, before, learner.parameters))
+
+
+def test_gradients_that_are_not_finite_leave_the_generator_alone() -> None:
+    settings = AdaDFQSettings(latent_dim=8, generator_width=16)
+    rng = torch.Generator().manual_seed(0)
+    player = GeneratorPlayer(models.teacher(), settings, 8, rng, torch.device("cpu"))
+    before = [parameter.detach().clone() for parameter in player.parameters]
+    good = [torch.ones_like(parameter) for parameter in player.parameters]
+    player.update([*good[:-1], good[-1] * torch.inf])
+    assert player.skipped == 1
+    assert all(map(torch.equal, before, player.parameters))
+    player.update(good)
+    assert player.skipped == 1
+    assert not any(map(torch.equal, before, player.parameters))
+
+
+def test_a_batch_of_the_game_takes_no_more_steps_than_time_left_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    paces: dict[str, list[int]] = {"samples": [], "game": []}
+    original, phase = GeneratorPlayer.refine, "samples"
+
+    def refine(self: GeneratorPlayer, prior: Any, images: Tensor, labels: Tensor, pace: Pace) -> Any:
+        made = original(self, prior, images, labels, pace)
+        paces[phase].append(pace.step)
+        return made
+
+    monkeypatch.setattr(GeneratorPlayer, "refine", refine)
+    prepared = FXPrepared(models.prepared(4))
+    settings = AdaDFQSettings(
+        samples=32, batch_size=8, latent_dim=8, generator_width=16, warmup_steps=1, range_samples=8
+    )
+    run = Run(Task(models.teacher(), prepared, settings, 0, torch.device("cpu"), lambda *_: None, 0.02))
+    player = run.player()
+    run.make_samples(player)
+    run.observe()
+    phase = "game"
+    run.play(player)
+    assert max(paces["samples"]) < run.plan.refine
+    assert paces["game"] == [min(paces["samples"])] * len(paces["game"])
+    assert paces["game"]
 
 
 def test_the_best_state_comes_back() -> None:
@@ -543,3 +585,51 @@ def test_a_bias_follows_a_shift_of_the_inputs_no_farther_than_it_is_believed() -
     own = -0.5 * x.sum(1).mean()  # what rounding did is taken back whole
     expected = torch.stack([own, 0.1 * deviation[1], 0.05 * deviation[2]])
     torch.testing.assert_close(bias.detach(), expected)
+
+
+def test_a_network_of_one_channel_takes_the_mean_of_timms_channels() -> None:
+    grey = models.Residual()
+    grey.conv1 = nn.Conv2d(1, 8, 3, padding=1, bias=False)
+    grey.pretrained_cfg = {"input_size": (3, 20, 24), "mean": (0.4, 0.5, 0.6), "std": (0.1, 0.2, 0.3)}  # type: ignore[assignment]
+    facts = find_facts(grey.eval())
+    assert facts.input_size == (1, 20, 24)
+    assert facts.mean == pytest.approx((0.5,))
+    assert facts.std == pytest.approx((0.2,))
+    assert set(facts.guesses) == {"mean", "std"}
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ({"mean": (123.7, 116.3, 103.5)}, "divide by 255"),
+        ({"std": 0.5}, "one number a channel"),
+        ({"std": (0.5,)}, "1 values for 3"),
+    ],
+)
+def test_means_and_deviations_in_other_units_are_refused(told: dict[str, Any], words: str) -> None:
+    with pytest.raises(ModelError, match=words):
+        find_facts(models.trained(), input_size=models.SIZE, **told)
+
+
+def test_a_network_of_doubles_is_told_what_to_do() -> None:
+    with pytest.raises(ModelError, match=r"float64; call \.float\(\)"):
+        find_facts(models.trained().double(), input_size=models.SIZE)
+
+
+def test_multiply_adds_of_attention() -> None:
+    attention = nn.MultiheadAttention(8, 2, batch_first=True).eval()
+
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = attention
+
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = x.flatten(2).transpose(1, 2)
+            attended: Tensor = self.attention(tokens, tokens, tokens, need_weights=False)[0]
+            return attended
+
+    before = torch.backends.mha.get_fastpath_enabled()
+    network = Attends().eval().requires_grad_(False)
+    assert multiply_adds(network, (8, 4, 4)) == 16 * 8 * 8 * 4 + 2 * 16 * 16 * 8
+    assert torch.backends.mha.get_fastpath_enabled() == before

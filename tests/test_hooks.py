@@ -405,3 +405,15 @@ def test_the_guard_catches_every_leak(tmp_path: Path) -> None:
     assert caught == [name.partition(":")[0] for name in LEAKS], run.stdout + run.stderr
     assert f"{len(LEAKS) + 1} passed, {len(LEAKS)} errors" in run.stdout
     assert run.stdout.count("`seeded` fixture") >= 3
+
+
+def test_calls_are_not_recorded_after_an_interrupt() -> None:
+    class Interrupted(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise KeyboardInterrupt
+
+    model = Interrupted()
+    with pytest.raises(KeyboardInterrupt), capture_calls(model, {"softmax"}) as calls:
+        model(torch.ones(1, 2))
+    torch.ones(2).softmax(0)
+    assert not calls

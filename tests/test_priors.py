@@ -218,3 +218,33 @@ def test_image_norm_is_of_the_input() -> None:
     loss, gradient = value(ImageNorm(), nn.Identity(), torch.full((1, 1, 2, 2), 3.0))
     assert loss == 9.0
     assert torch.equal(gradient, torch.full((1, 1, 2, 2), 6.0 / 4))
+
+
+class WithHead(nn.Module):
+    """An auxiliary head that answers while the network is trained alone, as Inception's."""
+
+    def __init__(self, *, main: bool) -> None:
+        super().__init__()
+        self.main, self.aux = models.trained() if main else nn.Conv2d(3, 5, 1), nn.BatchNorm2d(5)
+        cast(Tensor, self.aux.running_mean).add_(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.main(x)
+        if self.training:
+            logits = self.aux(logits)
+        answer: Tensor = logits.flatten(2).mean(2) if logits.ndim == 4 else logits
+        return answer
+
+
+def test_layers_that_take_no_part_tell_nothing() -> None:
+    model, batch = WithHead(main=True).eval(), models.images(8)
+    losses = []
+    for network in (model, model.main):
+        with torch.no_grad(), BNStatistics().watch(network) as loss:
+            network(batch)
+            losses.append(loss())
+    assert torch.equal(*losses)
+    assert BNStatistics().reason(model, batch) is None
+    why = BNStatistics().reason(WithHead(main=False).eval(), batch)
+    assert why is not None
+    assert "none of its BatchNorm layers takes part" in why

@@ -776,3 +776,13 @@ def test_standardised_weights_cost_no_search_for_batch_norm() -> None:
     with torch.no_grad(), opened.phase(Phase.EVALUATE):
         fake = opened.module(images)
     torch.testing.assert_close(opened.convert()(images), fake, atol=1e-5, rtol=1e-5)
+
+
+def test_weights_alone_are_quantized() -> None:
+    """No activation is rounded, so that none can be compared with P's."""
+
+    weight = spec(fake(PER_CHANNEL), -8, 7, **CHANNELS)
+    prepared = prepare_qat_pt2e(exported(plain()), Users(None, weight))
+    result = adadfq_plugin.calibrate(prepared, **TOLD)
+    assert len(result.history.column("game", "loss")[0]) == 4
+    faithful(prepared, models.images(8))

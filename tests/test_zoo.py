@@ -237,10 +237,21 @@ def test_what_nobody_says_is_a_guess() -> None:
         zoo.facts(nn.Identity())
 
 
-@pytest.mark.parametrize("given", [{"mean": (0.5, 0.5)}, {"input_size": (1, 8, 8)}])
-def test_facts_that_contradict_each_other(given: dict[str, Any]) -> None:
+def test_facts_that_contradict_each_other() -> None:
     with pytest.raises(SettingsError, match="mean"):
-        zoo.facts(zoo.load_model(NAME, pretrained=False), given)
+        zoo.facts(zoo.load_model(NAME, pretrained=False), {"mean": (0.5, 0.5)})
+
+
+@pytest.mark.parametrize(
+    ("given", "size"), [({"input_size": (1, 8, 9)}, (1, 8, 9)), ({"in_chans": 1, "img_size": 8}, (1, 8, 8))]
+)
+def test_other_channels_than_timms_take_its_mean(given: dict[str, Any], size: tuple[int, int, int]) -> None:
+    model = zoo.load_model(NAME, pretrained=False)
+    facts, usual = zoo.facts(model, given), zoo.facts(model)
+    assert facts.input_size == size
+    assert facts.mean == pytest.approx((sum(usual.mean) / 3,))
+    assert facts.std == pytest.approx((sum(usual.std) / 3,))
+    assert {"mean", "std"} <= set(facts.guesses)
 
 
 def images(folder: Path, *names: str, mode: str = "RGB") -> Path:
@@ -390,3 +401,11 @@ def test_architectures_know_their_family() -> None:
     assert "resnet18" in names
     assert not [name for name in names if name.startswith("test_")]
     assert zoo.family_of("resnet18") == "resnet"
+
+
+def test_a_class_map_without_one_of_the_folders_is_refused(tmp_path: Path) -> None:
+    folder = images(tmp_path / "val", "cat/a.png", "dog/b.png", "emu/c.png")
+    listed = tmp_path / "map.txt"
+    listed.write_text("cat\ndog\n")
+    with pytest.raises(DataError, match=r"doesn't list 'emu'"):
+        zoo.validation_loader(folder, Facts((3, 8, 8), 3), class_map=listed)

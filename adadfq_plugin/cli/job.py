@@ -65,6 +65,8 @@ class Images:
 def load(network: Network) -> tuple[nn.Module, Facts, str]:
     """The network, what is known of its images, and how timm crops them."""
     given = network.model_dump(exclude={"name", "checkpoint", "model_kwargs"}, exclude_none=True)
+    if (channels := (network.model_kwargs or {}).get("in_chans")) is not None:
+        given["in_chans"] = channels
     if network.name.startswith(DEMO):
         clash = sorted({"checkpoint", "model_kwargs", "num_classes"} & network.model_fields_set)
         if clash:

@@ -38,8 +38,12 @@ class Network(_Section):
     input_size: tuple[Size, Size, Size] | None = Field(
         None, description="channels, height and width: 3 224 224; in place of --img-size"
     )
-    mean: tuple[float, ...] | None = Field(None, description="mean of the normalisation; unset: timm's")
-    std: tuple[float, ...] | None = Field(None, description="deviation of the normalisation; unset: timm's")
+    mean: tuple[float, ...] | None = Field(
+        None, description="mean of the normalisation, of pixels from 0 to 1; unset: timm's"
+    )
+    std: tuple[float, ...] | None = Field(
+        None, description="deviation of the normalisation, likewise; unset: timm's"
+    )
     crop_pct: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None, description="centre crop of the labelled images; unset: timm's"
     )
