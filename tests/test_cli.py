@@ -285,7 +285,10 @@ def refused(code: int, said: str, *words: object) -> None:
         (("--minutes", "0"), r"minutes = 0"),
         (("--model-kwargs", "colour"), r"KEY=VALUE, not 'colour'"),
         (("--model-kwargs", "colour=red"), r"test_resnet.*colour"),
-        (("--input-size", "1", "32", "32"), r"mean .* for 1 channels"),
+        (
+            ("--input-size", "1", "32", "32", "--mean", "0.5", "0.5", "0.5"),
+            r"mean and std don.t fit each other",
+        ),
         (("--config", "nowhere.toml"), r"nowhere\.toml"),
     ],
 )

@@ -789,7 +789,7 @@ class Overwrites(nn.Module):
         y = self.conv(self.act(x))
         x = x + y  # after the activation has overwritten it
         x = self.swish(self.conv(x))
-        x.mul_(0.5).add_(y)
+        x.mul_(0.5).add_(y).__isub__(0.1)
         x = F.dropout(F.leaky_relu(x, 0.1, inplace=True), 0.5, self.training)
         x = F.dropout2d(torch.dropout(x, 0.5, self.training), training=self.training)
         logits: Tensor = self.linear(F.elu_(x.mean((2, 3))))

@@ -78,7 +78,7 @@ def mixed(images: Tensor, share: float, rng: torch.Generator) -> Tensor:
 class ReplayPool:
     """Samples in the order of their age; beyond the capacity the oldest go.
 
-    They stay where they were put: a copy of 256 large images takes 150 MB.
+    They stay where they were put, in half precision, an eighth of a pixel's level at most: 256 large images take 77 MB.
 
     Args:
         capacity: places.
@@ -105,7 +105,7 @@ class ReplayPool:
     @property
     def images(self) -> Tensor:
         """A copy of all images (N, C, H, W), the oldest first."""
-        return self._images[self._aged()]
+        return self._images[self._aged()].float()
 
     @property
     def labels(self) -> Tensor:
@@ -116,19 +116,19 @@ class ReplayPool:
         """Keeps samples (N, C, H, W) with labels (N,)."""
         images, labels = images[-self.capacity :].detach().cpu(), labels[-self.capacity :].detach().cpu()
         if not self._added:
-            self._images = images.new_empty(self.capacity, *images.shape[1:])
+            self._images = images.new_empty(self.capacity, *images.shape[1:], dtype=torch.half)
             self._labels = labels.new_empty(self.capacity)
         places = self._places(self._added, self._added + len(images))
-        self._images[places], self._labels[places] = images, labels
+        self._images[places], self._labels[places] = images.half(), labels
         self._added += len(images)
 
     def newest(self, count: int) -> tuple[Tensor, Tensor]:
         """The samples that were added last, in the order of their age."""
         places = self._aged()[-count:]
-        return self._images[places], self._labels[places]
+        return self._images[places].float(), self._labels[places]
 
     def draw(self, count: int) -> tuple[Tensor, Tensor]:
         """A random batch of images and labels, without repetition; all there are where they are fewer."""
         order = torch.randperm(len(self), generator=self._rng)[:count]
         places = self._aged()[order]
-        return self._images[places], self._labels[places]
+        return self._images[places].float(), self._labels[places]

@@ -76,6 +76,8 @@ def _write_anew(node: Node) -> bool:
         return True
     name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
     plain = name[:-1] if name.endswith("_") and not name.endswith("__") else ""
+    if name.startswith("__i") and hasattr(Tensor, f"__{name[3:]}"):
+        plain = f"__{name[3:]}"
     if node.op == "call_method" and plain and hasattr(Tensor, plain):
         node.target = plain
         return True

@@ -165,7 +165,7 @@ class FXPrepared:
         sums = {
             user
             for node in quantizer_nodes(self.module)
-            if (quantizer := self._quantizer_of(node)) is not None and quantizer.bits < 8
+            if (quantizer := self._quantizer_of(node)) is not None and quantizer.bits < 7
             if isinstance(module_of(self.module, node.all_input_nodes[0]), nn.Conv2d)
             for user in node.users
             if user.target in SUMS
