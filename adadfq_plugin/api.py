@@ -26,7 +26,7 @@ from adadfq_plugin.choice import (
 from adadfq_plugin.config import Scheme, Settings
 from adadfq_plugin.contracts import Outcome, Progress, Task
 from adadfq_plugin.dataset import SyntheticDataset
-from adadfq_plugin.errors import BrokenPluginError, SettingsError, first_line
+from adadfq_plugin.errors import BrokenPluginError, ModelError, SettingsError, first_line
 from adadfq_plugin.history import History
 from adadfq_plugin.hooks import fork_rng, module_modes
 from adadfq_plugin.teacher import Facts, device_of, find_facts, make_teacher, refuse_nan
@@ -125,6 +125,7 @@ def prepare(
     Raises:
         ModelError: a model that can't be prepared, with the reason.
     """
+    _refuse_others(model)
     with module_modes(model, False):
         refuse_nan(model, buffers=True)
         facts = find_facts(model, input_size=input_size)
@@ -180,11 +181,12 @@ def calibrate(
     """
     chosen = methods().get(method)
     made = method_settings(chosen, settings, preset)
-    if minutes is not None and not 0 < minutes < math.inf:
+    _refuse_others(prepared, teacher)
+    if minutes is not None and not (isinstance(minutes, int | float) and 0 < minutes < math.inf):
         raise SettingsError(f"minutes = {minutes!r} must be positive and finite")
     if torch.is_inference_mode_enabled():
         raise SettingsError("training needs gradients: call it outside of torch.inference_mode()")
-    if not 0 <= seed < 2**64:
+    if not isinstance(seed, int) or not 0 <= seed < 2**64:
         raise SettingsError(f"seed = {seed!r} must be a number from 0 to 2**64 - 1")
     where = _device(device) if device is not None else device_of(prepared)
     toolkit = backend_of(prepared, backend)
@@ -244,6 +246,12 @@ def calibrate(
     )
 
 
+def _refuse_others(*models: Any) -> None:
+    for model in models:
+        if not isinstance(model, nn.Module | None):
+            raise ModelError(f"{model!r} is no torch.nn.Module; timm's are made by timm.create_model(name)")
+
+
 def _device(device: torch.device | str) -> torch.device:
     """A device that works here."""
     try:
@@ -287,6 +295,7 @@ def quantize(
         ModelError: a model that can't be prepared or calibrated.
         SettingsError: settings that can't be used.
     """
+    _refuse_others(model)
     widths = scheme_of(scheme)
     method_settings(methods().get(method), settings, preset)  # refuse before any work
     with module_modes(model, False):

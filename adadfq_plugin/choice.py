@@ -87,6 +87,10 @@ def method_settings(
                 f"method {method.name!r} takes {method.settings.__name__}, not {type(settings).__name__}"
             )
         return settings
+    if not isinstance(settings, Mapping | None):
+        raise SettingsError(
+            f"settings = {settings!r} are not changes by name, nor {method.settings.__name__}"
+        )
     values: dict[str, Any] = {}
     if preset is not None:
         if preset not in method.presets:
@@ -102,6 +106,8 @@ def method_settings(
 
 def scheme_of(scheme: Scheme | Mapping[str, Any] | None) -> Scheme:
     """A scheme from plain values."""
+    if not isinstance(scheme, Scheme | Mapping | None):
+        raise SettingsError(f"scheme = {scheme!r} is no Scheme, nor widths by name: {{'weight_bits': 4}}")
     return scheme if isinstance(scheme, Scheme) else build(Scheme, scheme or {})
 
 

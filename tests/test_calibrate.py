@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -445,6 +445,19 @@ def test_the_callers_gradient_mode_is_no_matter_or_refused(grad: Any) -> None:
             with pytest.raises(SettingsError, match="inference_mode"):
                 adadfq_plugin.calibrate(prepared, settings=QUICK_G, **TOLD)
             assert all(torch.equal(before[name], value) for name, value in prepared.state_dict().items())
+
+
+def test_other_things_than_models_and_settings_are_named() -> None:
+    cases: tuple[tuple[Callable[[], object], str], ...] = (
+        (lambda: adadfq_plugin.quantize("resnet18"), "'resnet18' is no torch.nn.Module"),  # type: ignore[arg-type]
+        (lambda: adadfq_plugin.quantize(models.trained(), scheme=4), "scheme = 4"),  # type: ignore[arg-type]
+        (lambda: adadfq_plugin.quantize(models.trained(), settings="fast"), "settings = 'fast'"),  # type: ignore[arg-type]
+        (lambda: adadfq_plugin.calibrate(models.prepared(), seed=-1), "seed = -1"),
+        (lambda: adadfq_plugin.calibrate(models.prepared(), minutes=float("inf")), "minutes = inf"),
+    )
+    for call, words in cases:
+        with pytest.raises(AdaDFQError, match=words):
+            call()
 
 
 def test_broken_weights_are_named_before_anything_is_prepared() -> None:
