@@ -27,9 +27,10 @@ from adadfq_plugin.config import Scheme, Settings
 from adadfq_plugin.contracts import Outcome, Progress, Task
 from adadfq_plugin.dataset import SyntheticDataset
 from adadfq_plugin.errors import BrokenPluginError, ModelError, SettingsError, first_line
+from adadfq_plugin.facts import Facts, device_of, find_facts
 from adadfq_plugin.history import History
 from adadfq_plugin.hooks import fork_rng, module_modes
-from adadfq_plugin.teacher import Facts, device_of, find_facts, make_teacher, refuse_nan
+from adadfq_plugin.teacher import make_teacher, refuse_nan
 
 __all__ = [
     "AUTO",

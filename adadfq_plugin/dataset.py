@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from adadfq_plugin.errors import DataError, OutputError
+from adadfq_plugin.facts import Facts
 from adadfq_plugin.files import atomic_file, atomic_folder, check_file, check_folder
-from adadfq_plugin.teacher import Facts
 
 __all__ = ["SyntheticDataset", "facts_from_json"]
 

@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from adadfq_plugin.teacher import Facts
+from adadfq_plugin.facts import Facts
 
 __all__ = ["Generator", "coloured", "local_contrast", "natural_noise", "whitened"]
 

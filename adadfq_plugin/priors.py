@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from adadfq_plugin.config import GeneratorSettings
 from adadfq_plugin.errors import ModelError, SettingsError
+from adadfq_plugin.facts import device_of
 from adadfq_plugin.functional import (
     bn_statistics_loss,
     channel_moments,
@@ -21,7 +22,7 @@ from adadfq_plugin.functional import (
     total_variation,
 )
 from adadfq_plugin.hooks import Call, capture_calls, capture_inputs
-from adadfq_plugin.teacher import Teacher, device_of
+from adadfq_plugin.teacher import Teacher
 
 __all__ = [
     "BNStatistics",

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from adadfq_plugin.config import nearest
 from adadfq_plugin.errors import DataError, ModelError, SettingsError, UnknownNameError, first_line
+from adadfq_plugin.facts import Facts
 from adadfq_plugin.hooks import fork_rng
 from adadfq_plugin.labelled import LabelledImages, ValidationLoader
-from adadfq_plugin.teacher import Facts
 
 __all__ = [
     "architectures",

@@ -30,12 +30,13 @@ import adadfq_plugin
 from adadfq_plugin.backends.fx import FXBackend, traceable
 from adadfq_plugin.config import AdaDFQSettings
 from adadfq_plugin.contracts import Phase, Prepared
+from adadfq_plugin.facts import find_facts
 from adadfq_plugin.fake_quantize import LearnedQuantizer
 from adadfq_plugin.game.generator import GeneratorPlayer
 from adadfq_plugin.game.pace import Pace
 from adadfq_plugin.game.quantized import QuantizedPlayer
 from adadfq_plugin.hooks import capture_inputs, fork_rng
-from adadfq_plugin.teacher import Teacher, find_facts, make_teacher
+from adadfq_plugin.teacher import Teacher, make_teacher
 
 Step = Callable[[], Any]
 SECONDS = 2.0

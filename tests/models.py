@@ -11,7 +11,8 @@ from torch.overrides import TorchFunctionMode
 from adadfq_plugin.backends.fx import qconfig_mapping
 from adadfq_plugin.config import Scheme
 from adadfq_plugin.contracts import Phase, Prepared
-from adadfq_plugin.teacher import Teacher, find_facts, make_teacher
+from adadfq_plugin.facts import find_facts
+from adadfq_plugin.teacher import Teacher, make_teacher
 
 SIZE = (3, 16, 16)
 CLASSES = 5

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from adadfq_plugin.dataset import SyntheticDataset
 from adadfq_plugin.errors import DataError, OutputError
+from adadfq_plugin.facts import IMAGENET_MEAN, IMAGENET_STD, Facts
 from adadfq_plugin.files import atomic_file, atomic_folder, check_folder
-from adadfq_plugin.teacher import IMAGENET_MEAN, IMAGENET_STD, Facts
 
 FORMS = ("set.safetensors", "set.npz", "set")
 PROVENANCE = {"method": "adadfq", "seed": 3, "settings": {"gamma": 1.0, "steps": None}}

@@ -17,12 +17,13 @@ from adadfq_plugin.backends.fx import FXPrepared
 from adadfq_plugin.config import AdaDFQSettings, GeneratorSettings, Settings
 from adadfq_plugin.contracts import Phase, Task
 from adadfq_plugin.errors import ModelError
+from adadfq_plugin.facts import Facts, find_facts
 from adadfq_plugin.game import GeneratorPlayer, Pace, ReplayPool, augment, make_plan, mixed, moved, rounding
 from adadfq_plugin.game.best import BestState
 from adadfq_plugin.game.quantized import QuantizedPlayer, in_pieces
 from adadfq_plugin.game.run import Run
 from adadfq_plugin.generators import Generator, coloured, local_contrast, natural_noise, whitened
-from adadfq_plugin.teacher import Facts, Teacher, find_facts, make_teacher, multiply_adds
+from adadfq_plugin.teacher import Teacher, make_teacher, multiply_adds
 
 pytestmark = pytest.mark.usefixtures("seeded")
 

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from adadfq_plugin.config import AdaDFQSettings, Scheme
 from adadfq_plugin.dataset import SyntheticDataset
 from adadfq_plugin.errors import OutputError
+from adadfq_plugin.facts import Facts
 from adadfq_plugin.history import History
 from adadfq_plugin.report import Accuracy, Latency, Report, environment, measure_latency, write
 from adadfq_plugin.report.figures import information_plot, loss_curves, sample_grid
-from adadfq_plugin.teacher import Facts
 
 
 def samples(count: int = 8, channels: int = 3, side: int = 16) -> SyntheticDataset:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from adadfq_plugin import zoo
 from adadfq_plugin.demo import DEMO_MODELS, demo_model
 from adadfq_plugin.errors import DataError, ModelError, SettingsError, UnknownNameError
+from adadfq_plugin.facts import IMAGENET_MEAN, IMAGENET_STD, Facts
 from adadfq_plugin.hooks import fork_rng
 from adadfq_plugin.labelled import ValidationLoader
-from adadfq_plugin.teacher import IMAGENET_MEAN, IMAGENET_STD, Facts
 
 NAME = "test_resnet"
 TINY = Facts((3, 8, 8), 10, (0.5,) * 3, (0.5,) * 3)

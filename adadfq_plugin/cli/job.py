@@ -21,12 +21,12 @@ from adadfq_plugin.contracts import Backend
 from adadfq_plugin.dataset import SyntheticDataset, facts_from_json
 from adadfq_plugin.demo import demo_model
 from adadfq_plugin.errors import DataError, OutputError, SettingsError
+from adadfq_plugin.facts import Facts
 from adadfq_plugin.files import atomic_folder, check_folder
 from adadfq_plugin.hooks import module_modes
 from adadfq_plugin.labelled import ValidationLoader
 from adadfq_plugin.report import Accuracy, Latency, Report, environment, measure_latency, write
 from adadfq_plugin.report.render import megabytes, percent
-from adadfq_plugin.teacher import Facts
 
 __all__ = ["Images", "evaluate", "load", "quantize", "summary", "synthesize"]
 

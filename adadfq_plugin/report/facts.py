@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from adadfq_plugin.dataset import SyntheticDataset
+from adadfq_plugin.facts import Facts
 from adadfq_plugin.history import History
-from adadfq_plugin.teacher import Facts
 
 __all__ = ["Accuracy", "Latency", "Report", "environment", "measure_latency"]
 

@@ -1,0 +1,282 @@
+"""What is known of a network's images: told, left by timm, or found by a trial."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adadfq_plugin.errors import ModelError, first_line
+
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Facts", "device_of", "find_facts"]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+LARGE = 64
+USUAL_SIDE = {10: 32, 100: 32, 200: 64, 1000: 224, 21843: 224, 21841: 224}
+"""Image side of the usual data set with that many classes (CIFAR, Tiny ImageNet, ImageNet)."""
+TRIAL_SIDES = (224, 32, 64, 28, 96, 128, 160, 192, 240, 256, 288, 299, 320, 384, 448, 512)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What has to be known of a network's input and output.
+
+    Args:
+        input_size: channels, height, width of one image.
+        num_classes: length of the logits, C.
+        mean: per-channel mean of the normalisation, in units of pixel value / 255.
+        std: per-channel standard deviation, likewise.
+        crop_pct: centre crop of evaluation, a fraction of the resized image.
+        interpolation: resampling of evaluation, timm's names.
+        sources: where each fact came from: ``argument``, ``timm``, ``model`` or ``guess: why``.
+
+    Example:
+        >>> facts = Facts((1, 8, 8), 10, mean=(0.5,), std=(0.25,))
+        >>> facts.normalize(torch.ones(1, 1, 1, 1)).item()
+        2.0
+        >>> bright = facts.from_standard(torch.ones(1, 1, 1, 1))
+        >>> round(facts.denormalize(bright).item(), 3), facts.to_standard(bright).item()
+        (0.675, 1.0)
+    """
+
+    input_size: tuple[int, int, int]
+    num_classes: int
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    crop_pct: float = 1.0
+    interpolation: str = "bicubic"
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def guesses(self) -> dict[str, str]:
+        """The facts that nobody told, with the reason for the value taken."""
+        return {name: source for name, source in self.sources.items() if source.startswith("guess")}
+
+    @property
+    def large(self) -> bool:
+        """Images beyond 64 pixels: small batches, few samples, and channels last in memory."""
+        return max(self.input_size[1:]) > LARGE
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """Pixels (N, channels, H, W) in [0, 1] as the network's input."""
+        mean, std = self._constants(pixels)
+        return (pixels - mean) / std
+
+    def denormalize(self, images: Tensor) -> Tensor:
+        """The network's input (N, channels, H, W) as pixels, [0, 1] for valid images."""
+        mean, std = self._constants(images)
+        return images * std + mean
+
+    def from_standard(self, images: Tensor) -> Tensor:
+        """Images of mean 0 and deviation 1 as the network's input, with the brightness and contrast of photographs.
+
+        Networks are told pixels from 0 to 1, from -1 to 1, or in units of ImageNet's channels, where nothing changes.
+        """
+        centre, spread = self._photographs(images)
+        return images * spread + centre
+
+    def to_standard(self, images: Tensor) -> Tensor:
+        """What :meth:`from_standard` makes these images of."""
+        centre, spread = self._photographs(images)
+        return (images - centre) / spread
+
+    def _constants(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        return _per_channel(self.mean, like), _per_channel(self.std, like)
+
+    def _photographs(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        mean, std = self._constants(like)
+        colours = (_per_channel(IMAGENET_MEAN, like), _per_channel(IMAGENET_STD, like))
+        usual_mean, usual_std = colours if self.input_size[0] == 3 else (each.mean() for each in colours)
+        return (usual_mean - mean) / std, usual_std / std
+
+
+def _per_channel(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's first tensor is; the CPU where it has none."""
+    return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+
+
+def _left_by_timm(models: Sequence[nn.Module | None]) -> dict[str, Any]:
+    """The ``pretrained_cfg`` of the first of the models that still has one."""
+    for model in models:
+        config = getattr(model, "pretrained_cfg", None)
+        if config is not None:
+            return dict(config) if isinstance(config, Mapping) else dict(vars(config))
+    return {}
+
+
+def _logits_shape(model: nn.Module, input_size: Sequence[int]) -> tuple[int, ...]:
+    """Shape of the output for two images; whatever the model raises comes through."""
+    with torch.no_grad():
+        output = model(torch.zeros(2, *input_size, device=device_of(model)))
+    if not isinstance(output, Tensor):
+        raise ModelError(f"the model returns {type(output).__name__}; wrap it so that it returns its logits")
+    return tuple(output.shape)
+
+
+def _channels(model: nn.Module) -> int:
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            return int(module.in_channels)
+    return 3
+
+
+def _smallest_map(model: nn.Module, input_size: Sequence[int]) -> int:
+    """Side of the smallest feature map in front of the last global step."""
+    sides: list[int] = []
+
+    def note(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        sides.append(int(output.shape[-1]))
+
+    handles = [each.register_forward_hook(note) for each in model.modules() if isinstance(each, nn.Conv2d)]
+    try:
+        _logits_shape(model, input_size)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return min((side for side in sides if side > 1), default=1)
+
+
+def _try_sizes(model: nn.Module) -> tuple[tuple[int, int, int], str]:
+    """An input size that the model takes, with the reason for the choice."""
+    channels = _channels(model)
+    smallest: dict[int, int] = {}
+    for side in TRIAL_SIDES:
+        size = (channels, side, side)
+        if not _takes(model, size):
+            continue
+        classes = _logits_shape(model, size)[-1]
+        smallest[side] = _smallest_map(model, size)
+        if side == USUAL_SIDE.get(classes) and smallest[side] >= 2:
+            return size, f"guess: usual for {classes} classes, and the model takes it"
+    if not smallest:
+        tried = ", ".join(map(str, sorted(TRIAL_SIDES)))
+        raise ModelError(f"no square image of side {tried} runs through the model; pass input_size=")
+    side = min(smallest, key=lambda each: abs(math.log(smallest[each] / 7)))
+    return (channels, side, side), "guess: its last feature map comes nearest to 7 pixels"
+
+
+def _takes(model: nn.Module, size: tuple[int, int, int]) -> bool:
+    try:
+        _logits_shape(model, size)
+    except (RuntimeError, ValueError, AssertionError, IndexError):
+        return False
+    return True
+
+
+def _as_size(value: Any, channels: int) -> tuple[int, int, int]:
+    try:
+        size = (value, value) if isinstance(value, int) else tuple(int(extent) for extent in value)
+    except (TypeError, ValueError):
+        size = ()
+    size = (channels, *size) if len(size) == 2 else size
+    if len(size) != 3 or min(size) < 1:
+        raise ModelError(f"input_size {value!r} is not a side, (height, width) or (channels, height, width)")
+    return size[0], size[1], size[2]
+
+
+def _numbers(name: str, values: Any, channels: int) -> tuple[float, ...]:
+    """The mean or deviation of each channel, checked for its unit."""
+    try:
+        numbers = tuple(float(each) for each in values)
+    except (TypeError, ValueError):
+        raise ModelError(f"{name} = {values!r} is not one number a channel") from None
+    if len(numbers) != channels:
+        raise ModelError(f"{name} has {len(numbers)} values for {channels} channels")
+    if not all(0 <= each <= 1 for each in numbers):
+        raise ModelError(f"{name} = {numbers} is not in units of pixel / 255, from 0 to 1: divide by 255")
+    return numbers
+
+
+def find_facts(
+    model: nn.Module,
+    *,
+    relatives: Sequence[nn.Module | None] = (),
+    example_inputs: Any = None,
+    input_size: Any = None,
+    num_classes: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Facts:
+    """What the arguments tell, else what timm left on the models, else what a trial shows.
+
+    Args:
+        model: the float network, in eval mode.
+        relatives: other models that may still carry timm's ``pretrained_cfg``.
+        example_inputs: a tensor or tuple as torch.ao's prepare takes it.
+        input_size: side, (height, width) or (channels, height, width).
+        num_classes: length of the logits, checked against the model.
+        mean: normalisation of the images; a number a channel.
+        std: likewise.
+
+    Raises:
+        ModelError: the model doesn't take the size, has fewer than two classes, or the facts disagree.
+    """
+    timm, sources = _left_by_timm((model, *relatives)), {}
+    other = next(
+        (each for each in model.parameters() if each.is_floating_point() and each.dtype != torch.float), None
+    )
+    if other is not None:
+        raise ModelError(
+            f"the model computes in {str(other.dtype).removeprefix('torch.')}; call .float() on it first"
+        )
+    notes = [getattr(each, "meta", None) for each in (model, *relatives)]
+    kept = next((each["adadfq_input_size"] for each in notes if each and "adadfq_input_size" in each), None)
+    if example_inputs is not None and input_size is None:
+        first = example_inputs[0] if isinstance(example_inputs, (tuple, list)) else example_inputs
+        input_size = tuple(first.shape[1:])
+    if input_size is not None:
+        size, sources["input_size"] = _as_size(input_size, _channels(model)), "argument"
+    elif kept is not None:
+        size, sources["input_size"] = _as_size(kept, _channels(model)), "model"
+    elif timm.get("input_size"):
+        size, sources["input_size"] = _as_size(timm["input_size"], _channels(model)), "timm"
+        if size[0] != _channels(model) and not _takes(model, size):  # built with in_chans=
+            size = (_channels(model), *size[1:])
+    else:
+        size, sources["input_size"] = _try_sizes(model)
+    try:
+        shape = _logits_shape(model, size)
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"the model does not take images of size {size} (from: {sources['input_size']}): "
+            f"{first_line(error)}; "
+            + ("pass another input_size=" if sources["input_size"] == "argument" else "pass input_size=")
+        ) from error
+    if len(shape) != 2:
+        raise ModelError(
+            f"the model's output has shape {shape} for two images; logits (2, classes) are needed"
+        )
+    if shape[1] < 2:
+        raise ModelError("the model has one class; AdaDFQ needs at least two to let P and Q disagree")
+    if num_classes is not None and num_classes != shape[1]:
+        raise ModelError(f"num_classes={num_classes}, but the model's output has {shape[1]}")
+    sources["num_classes"] = "model" if num_classes is None else "argument"
+    constants: dict[str, tuple[float, ...]] = {}
+    usual = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    for name, given in (("mean", mean), ("std", std)):
+        left = timm.get(name)
+        if given is not None:
+            constants[name], sources[name] = _numbers(name, given, size[0]), "argument"
+        elif left is not None and len(left) != size[0]:
+            constants[name] = (sum(left) / len(left),) * size[0]
+            sources[name] = "guess: the mean of timm's channels"
+        elif left is not None:
+            constants[name], sources[name] = _numbers(name, left, size[0]), "timm"
+        else:
+            constants[name] = usual[name] if size[0] == 3 else (0.5,) * size[0]
+            sources[name] = "guess: ImageNet's" if size[0] == 3 else "guess: one half"
+    if min(constants["std"]) <= 0:
+        raise ModelError(f"std {constants['std']} must be positive")
+    crop_pct, interpolation = timm.get("crop_pct") or 1.0, timm.get("interpolation") or "bicubic"
+    return Facts(size, shape[1], constants["mean"], constants["std"], crop_pct, interpolation, sources)
