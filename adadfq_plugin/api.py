@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 from typing import Any, cast
 
 import torch
@@ -182,13 +183,15 @@ def calibrate(
     """
     chosen = methods().get(method)
     made = method_settings(chosen, settings, preset)
-    _refuse_others(prepared, teacher)
-    if minutes is not None and not (isinstance(minutes, int | float) and 0 < minutes < math.inf):
+    for model in (prepared,) if teacher is None else (prepared, teacher):
+        _refuse_others(model)
+    if minutes is not None and not (isinstance(minutes, Real) and 0 < minutes < math.inf):
         raise SettingsError(f"minutes = {minutes!r} must be positive and finite")
     if torch.is_inference_mode_enabled():
         raise SettingsError("training needs gradients: call it outside of torch.inference_mode()")
-    if not isinstance(seed, int) or not 0 <= seed < 2**64:
+    if not isinstance(seed, Integral) or not 0 <= seed < 2**64:
         raise SettingsError(f"seed = {seed!r} must be a number from 0 to 2**64 - 1")
+    seed = int(seed)
     where = _device(device) if device is not None else device_of(prepared)
     toolkit = backend_of(prepared, backend)
     with fork_rng(seed):
@@ -215,11 +218,10 @@ def calibrate(
     opened.module.to(where)
     with fork_rng(seed, where):
         comparison.refuse_random(frozen, where)
-    if teacher is not None:
-        difference = comparison.not_the_teacher(frozen, opened, where)
-        if difference:
-            told.append(difference)
-            warnings.warn(f"adadfq_plugin: {difference}", UserWarning, stacklevel=2)
+    difference = comparison.not_the_teacher(frozen, opened, where, own=teacher is None)
+    if difference:
+        told.append(difference)
+        warnings.warn(f"adadfq_plugin: {difference}", UserWarning, stacklevel=2)
     with fork_rng(seed, where), torch.enable_grad():
         task = Task(frozen, opened, made, seed, where, progress or _silent, minutes)
         outcome = chosen.calibrate(task)
@@ -247,10 +249,9 @@ def calibrate(
     )
 
 
-def _refuse_others(*models: Any) -> None:
-    for model in models:
-        if not isinstance(model, nn.Module | None):
-            raise ModelError(f"{model!r} is no torch.nn.Module; timm's are made by timm.create_model(name)")
+def _refuse_others(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{model!r} is no torch.nn.Module; timm's are made by timm.create_model(name)")
 
 
 def _device(device: torch.device | str) -> torch.device:

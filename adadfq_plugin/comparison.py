@@ -43,13 +43,14 @@ def refuse_random(teacher: Teacher, device: torch.device) -> None:
         )
 
 
-def not_the_teacher(teacher: Teacher, prepared: Prepared, device: torch.device) -> str:
+def not_the_teacher(teacher: Teacher, prepared: Prepared, device: torch.device, *, own: bool = False) -> str:
     """A sentence where what was prepared, before it is quantized, computes something else than the teacher.
 
     Args:
         teacher: P.
         prepared: Q; a copy of it is run.
         device: where both are.
+        own: whether the teacher is the prepared model's own unquantized copy.
 
     Returns:
         the sentence, empty where the two are one network.
@@ -70,6 +71,11 @@ def not_the_teacher(teacher: Teacher, prepared: Prepared, device: torch.device) 
     error = float((found - expected).abs().max() / expected.abs().max().clamp_min(least))
     if error <= TOLERANCE:
         return ""
+    if own:
+        return (
+            f"before anything is quantized the prepared model's logits differ by {error:.1%} from those of its own "
+            "unquantized copy: some call may write into a part of a tensor that is read again; pass teacher="
+        )
     return (
         f"the prepared model is not the teacher: before anything is quantized its logits differ by {error:.1%}. "
         "It was trained since, or copied from another network, or torchao has given its BatchNorm layers another "

@@ -61,7 +61,7 @@ def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
         OutputError: ``path`` holds something and ``replace`` is off, it is a file, or the operating
             system refuses; the message names ``path`` and the reason.
     """
-    target = Path(path).resolve()  # what a link points to is replaced, and the link stays
+    target = _followed(path)
     temporary = _open_folder(target, replace)
     try:
         yield temporary
@@ -84,7 +84,7 @@ def check_folder(path: str | Path, *, replace: bool = False) -> None:
     Raises:
         OutputError: as :func:`atomic_folder`.
     """
-    _open_folder(Path(path).resolve(), replace).rmdir()
+    _open_folder(_followed(path), replace).rmdir()
 
 
 def check_file(path: str | Path) -> None:
@@ -106,6 +106,14 @@ def _open_file(target: Path) -> Path:
     except OSError as error:
         raise _refused(target, error) from error
     return temporary
+
+
+def _followed(path: str | Path) -> Path:
+    """What a link points to, which is replaced; the link stays."""
+    try:
+        return Path(path).resolve()
+    except (OSError, RuntimeError) as error:  # links in a circle
+        raise OutputError(f"can't write {path}: {error}") from error
 
 
 def _open_folder(target: Path, replace: bool) -> Path:

@@ -452,6 +452,7 @@ def test_other_things_than_models_and_settings_are_named() -> None:
         (lambda: adadfq_plugin.quantize("resnet18"), "'resnet18' is no torch.nn.Module"),  # type: ignore[arg-type]
         (lambda: adadfq_plugin.quantize(models.trained(), scheme=4), "scheme = 4"),  # type: ignore[arg-type]
         (lambda: adadfq_plugin.quantize(models.trained(), settings="fast"), "settings = 'fast'"),  # type: ignore[arg-type]
+        (lambda: adadfq_plugin.calibrate(None), "None is no torch.nn.Module"),  # type: ignore[arg-type]
         (lambda: adadfq_plugin.calibrate(models.prepared(), seed=-1), "seed = -1"),
         (lambda: adadfq_plugin.calibrate(models.prepared(), minutes=float("inf")), "minutes = inf"),
     )

@@ -273,6 +273,9 @@ def test_a_link_stays_and_the_current_folder_is_refused(
     assert (tmp_path / "link").is_symlink()
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["new"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "link"]
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    with pytest.raises(OutputError, match="circle"):
+        check_folder(tmp_path / "circle")
     monkeypatch.chdir(tmp_path / "folder")
     for place in (".", "..", tmp_path / "link"):
         with pytest.raises(OutputError, match="in use"):

@@ -791,7 +791,7 @@ class Overwrites(nn.Module):
         x = self.swish(self.conv(x))
         x.mul_(0.5).add_(y).__isub__(0.1)
         x = F.dropout(F.leaky_relu(x, 0.1, inplace=True), 0.5, self.training)
-        x = F.dropout2d(torch.dropout(x, 0.5, self.training), training=self.training)
+        x = F.dropout2d(torch.dropout(input=x, p=0.5, train=self.training), training=self.training)
         logits: Tensor = self.linear(F.elu_(x.mean((2, 3))))
         return logits
 
@@ -839,3 +839,34 @@ def test_a_mean_that_keeps_its_batch_statistics_is_left_alone() -> None:
     as_inference(traced)
     x = torch.randn(4, 3, 2, 2)
     assert torch.equal(traced(x), Batch()(x))
+
+
+class Writes(models.Residual):
+    """A write into a part of a tensor that is read again, or by a call that has no other form."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(x)
+        if self.how == "view":
+            y.flatten(2).mul_(0.3)
+        elif self.how == "part":
+            y[:, :4].relu_()
+        else:
+            y = y.clone().fill_(0.5)
+        logits: Tensor = self.linear(self.pool(self.conv3(y)).flatten(1))
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [("view", "overwrites part of"), ("part", "overwrites part of"), ("fill", "no form that")],
+)
+def test_writes_that_cannot_be_followed_are_refused(how: str, words: str) -> None:
+    prepared = prepare_qat_fx(Writes(how).train(), qconfig_mapping(Scheme()), EXAMPLE)
+    before = prepared.code
+    with pytest.raises(ModelError, match=words):
+        FXBackend().open(prepared)
+    assert prepared.code == before

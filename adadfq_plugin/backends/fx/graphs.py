@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.ao.quantization.fake_quantize import FakeQuantizeBase
 from torch.ao.quantization.observer import ObserverBase
@@ -14,6 +16,7 @@ from torch.fx import GraphModule, Node
 __all__ = [
     "ATTRIBUTES",
     "INTEGER",
+    "MOVES",
     "called",
     "is_quantizer",
     "module_of",
@@ -25,6 +28,16 @@ __all__ = [
 
 ATTRIBUTES = "_observed_graph_module_attrs"
 INTEGER = (torch.quint8, torch.qint8)
+MOVES = (
+    *("flatten", "view", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "contiguous", "clone"),
+    *("select", "narrow", "index_select", "gather", "expand", "roll", "flip"),
+    *("split", "split_with_sizes", "chunk", "unbind", "unflatten", "movedim", "swapaxes", "repeat"),
+    *(torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze),
+    *(torch.select, torch.narrow, torch.index_select, torch.gather, torch.roll, torch.flip),
+    *(torch.split, torch.split_with_sizes, torch.chunk, torch.unbind, operator.getitem),
+    *(torch.movedim, torch.swapaxes, F.pad, F.dropout, nn.Dropout, nn.Identity, nn.Flatten),
+)
+"""What gives the values of tensors, or some of them, elsewhere."""
 
 
 def prepared_attributes(model: nn.Module) -> Any:

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from adadfq_plugin.backends.fx.calls import with_argument
-from adadfq_plugin.backends.fx.graphs import is_quantizer, module_of
+from adadfq_plugin.backends.fx.graphs import MOVES, called, is_quantizer, module_of
+from adadfq_plugin.errors import ModelError
 
 __all__ = ["as_inference"]
 
@@ -30,6 +31,8 @@ AUGMENTED = {
     for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "and_", "or_")
     if hasattr(operator, f"i{name}")
 }
+HARMLESS = ("requires_grad_", "share_memory_")
+"""Methods that write no values."""
 
 
 def as_inference(model: GraphModule) -> None:
@@ -39,6 +42,9 @@ def as_inference(model: GraphModule) -> None:
 
     Args:
         model: a prepared model.
+
+    Raises:
+        ModelError: a call that overwrites a tensor whose other views are read later, or that has no form which doesn't.
     """
     overwriting = {module for module in model.modules() if getattr(module, "inplace", False) is True}
     for module in overwriting:
@@ -48,12 +54,14 @@ def as_inference(model: GraphModule) -> None:
             _switch_off(node)
         if module_of(model, node) in overwriting or _write_anew(node):
             _redirect(model, node)
+        if node.op in ("call_function", "call_method"):
+            _refuse_overwriting(node)
     model.recompile()
 
 
 def _switch_off(node: Node) -> None:
     if node.target in DROPOUTS:
-        node.args, node.kwargs = (node.args[0], 0.0, False), {}
+        node.args, node.kwargs = (node.all_input_nodes[0], 0.0, False), {}
         return
     statistics = node.args[1] if len(node.args) > 1 else node.kwargs.get("running_mean")
     if node.target is F.batch_norm and statistics is None:
@@ -94,12 +102,34 @@ def _write_anew(node: Node) -> bool:
 
 def _redirect(model: GraphModule, node: Node) -> None:
     """Hands the result, quantized where it is, to what reads the first argument after it was overwritten."""
-    source = node.args[0] if node.args else None
-    if not isinstance(source, Node):
-        return
+    source = node.all_input_nodes[0]
     order = {each: place for place, each in enumerate(model.graph.nodes)}
-    quantized = [user for user in node.users if (found := module_of(model, user)) and is_quantizer(found)]
-    result = quantized[0] if quantized else node
-    for user in list(source.users):
-        if order[user] > order[node]:
-            user.replace_input_with(source, result)
+
+    def read_later(tensor: Node) -> list[Node]:
+        return [user for user in tensor.users if order[user] > order[node]]
+
+    whole = source
+    while whole.all_input_nodes and (is_view := called(model, whole) in MOVES) | _is_quantizer(model, whole):
+        whole = whole.all_input_nodes[0]
+        if is_view and read_later(whole):
+            raise ModelError(
+                f"{node.name!r} overwrites part of {whole.name!r}, which is read again: write a new tensor instead, or "
+                "let adadfq_plugin.prepare trace the network"
+            )
+    quantized = [user for user in node.users if _is_quantizer(model, user)]
+    for user in read_later(source):
+        user.replace_input_with(source, quantized[0] if quantized else node)
+
+
+def _is_quantizer(model: GraphModule, node: Node) -> bool:
+    module = module_of(model, node)
+    return module is not None and is_quantizer(module)
+
+
+def _refuse_overwriting(node: Node) -> None:
+    name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
+    if name.endswith("_") and not name.endswith("__") and name not in HARMLESS:
+        raise ModelError(
+            f"{node.name!r} ({name}) overwrites its tensor and has no form that doesn't: write a new tensor, or "
+            "let adadfq_plugin.prepare trace the network"
+        )

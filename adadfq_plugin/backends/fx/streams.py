@@ -6,6 +6,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from adadfq_plugin.backends.fx.graphs import MOVES
 from adadfq_plugin.backends.fx.trial import JOINING, CallSite, numbered
 from adadfq_plugin.streams import normed_sums, readers
 
@@ -14,16 +15,6 @@ __all__ = ["REASON", "normed_streams"]
 SUMS = (operator.add, torch.add, operator.mul, torch.mul, "add", "mul")
 NORMS = (nn.LayerNorm, nn.RMSNorm)
 NORM_CALLS = (F.layer_norm, torch.layer_norm, F.rms_norm)
-MOVES = (
-    *("flatten", "view", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "contiguous", "clone"),
-    *("select", "narrow", "index_select", "gather", "expand", "roll", "flip"),
-    *("split", "split_with_sizes", "chunk", "unbind", "unflatten", "movedim", "swapaxes", "repeat"),
-    *(torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze),
-    *(torch.select, torch.narrow, torch.index_select, torch.gather, torch.roll, torch.flip),
-    *(torch.split, torch.split_with_sizes, torch.chunk, torch.unbind, operator.getitem),
-    *(torch.movedim, torch.swapaxes, F.pad, F.dropout, nn.Dropout, nn.Identity, nn.Flatten),
-)
-"""What gives the values of tensors, or some of them, elsewhere."""
 REASON = "a stream of sums that LayerNorm reads"
 
 
