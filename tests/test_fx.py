@@ -870,3 +870,21 @@ def test_writes_that_cannot_be_followed_are_refused(how: str, words: str) -> Non
     with pytest.raises(ModelError, match=words):
         FXBackend().open(prepared)
     assert prepared.code == before
+
+
+@pytest.mark.parametrize("qat", [True, False])
+def test_padding_by_name_converts(qat: bool) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding="same"),
+        nn.ReLU(),
+        nn.Conv2d(8, 4, 3, padding="valid", dilation=2),
+        nn.Flatten(),
+    )
+    mapping, prepare = (
+        (qconfig_mapping(Scheme()), prepare_qat_fx) if qat else (users_mapping(8, observers=True), prepare_fx)
+    )
+    opened, batch = FXBackend().open(prepare(model.train(qat), mapping, EXAMPLE)), models.images(8)
+    models.observed(opened, batch)
+    with torch.no_grad():
+        expected = model(batch)
+        assert (opened.convert()(batch) - expected).abs().mean() < 0.05 * expected.std()

@@ -16,7 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from adadfq_plugin.backends.fx.graphs import is_quantizer, module_of, quantizer_nodes, replace_module, sites
 
-__all__ = ["float_copy", "fold_batch_norm", "separate_calls"]
+__all__ = ["float_copy", "fold_batch_norm", "number_padding", "separate_calls"]
 
 # fused and folded class of each QAT class that still holds a BatchNorm
 FOLDED: dict[type[nn.Module], tuple[type[nn.Module], type[nn.Module]]] = {
@@ -42,6 +42,21 @@ WITH_RELU = (
     nniqat.ConvReLU3d,
     nniqat.LinearReLU,
 )
+
+
+def number_padding(model: nn.Module) -> None:
+    """Writes ``padding="same"`` and ``"valid"`` as numbers, in place: integer convolutions take nothing else.
+
+    Where one side would get more than the other nothing is changed.
+    """
+    for module in model.modules():
+        if not isinstance(module, nn.modules.conv._ConvNd) or not isinstance(module.padding, str):
+            continue
+        sides = [by * (size - 1) for by, size in zip(module.dilation, module.kernel_size, strict=True)]
+        if module.padding == "valid":
+            module.padding = (0,) * len(sides)
+        elif not any(side % 2 for side in sides):
+            module.padding = tuple(side // 2 for side in sides)
 
 
 def separate_calls(model: GraphModule) -> dict[str, str]:

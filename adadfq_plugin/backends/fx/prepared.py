@@ -22,7 +22,7 @@ from adadfq_plugin.backends.fx.finishing import (
     saturate_activations,
     settle_weights,
 )
-from adadfq_plugin.backends.fx.folding import float_copy, fold_batch_norm, separate_calls
+from adadfq_plugin.backends.fx.folding import float_copy, fold_batch_norm, number_padding, separate_calls
 from adadfq_plugin.backends.fx.graphs import (
     ATTRIBUTES,
     INTEGER,
@@ -69,6 +69,7 @@ class FXPrepared:
         self.engine: str = original.meta.get(ENGINE, torch.backends.quantized.engine)
         self.module: GraphModule = copy.deepcopy(original)
         as_inference(self.module)
+        number_padding(self.module)
         self.trainable = bool(prepared_attributes(original).is_qat)
         self.origins = separate_calls(self.module)
         """What module each copy was made of, by name; each call has a module of its own."""
