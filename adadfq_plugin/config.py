@@ -48,8 +48,7 @@ class Settings(_Frozen):
     samples: Positive | None = Field(
         None,
         description="synthetic images made before Q is trained and kept after it (AdaDFQ trains on up to twice "
-        "as many); unset: 1024 up to 64 pixels, else 128 up to 5 bits (256 where an image takes at most 5e8 "
-        "multiply-adds and there is no time limit) and 64 beyond",
+        "as many); unset: 1024 up to 64 pixels, else 128 up to 5 bits and 64 beyond",
     )
     batch_size: Positive | None = Field(
         None, description="images in a training step of Q; unset: 32 up to 64 pixels, else 8"

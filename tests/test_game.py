@@ -230,21 +230,6 @@ def test_plan_follows_bits_and_cost() -> None:
     assert plan(GeneratorSettings(warmup_steps=3), 10**6, 32, 4)[0] == 3
 
 
-@pytest.mark.parametrize(
-    ("macs", "side", "bits", "minutes", "samples"),
-    [
-        (4e8, 32, 4, None, 1024), (4e8, 224, 4, None, 256), (4e9, 224, 4, None, 128), (4e8, 224, 4, 9.0, 128),
-        (4e8, 224, 8, None, 64),
-    ],
-)  # fmt: skip
-def test_large_images_are_fewer_where_they_are_dear(
-    macs: float, side: int, bits: int, minutes: float | None, samples: int
-) -> None:
-    teacher = Teacher(nn.Identity(), Facts((3, side, side), 10), macs=int(macs))
-    assert make_plan(Settings(), teacher, bits, minutes).samples == samples
-    assert make_plan(Settings(samples=5), teacher, bits, minutes).samples == 5
-
-
 def test_pace_counts_or_follows_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     limited_teacher = Teacher(nn.Identity(), Facts((3, 8, 8), 3))
     limited = make_plan(GeneratorSettings(samples=128, batch_size=32), limited_teacher, 4, 10)

@@ -22,9 +22,7 @@ EfficientNet-Lite0 beyond 3 GiB."""
 SAMPLES = 1024
 """Images kept, up to 64 pixels."""
 LARGE_SAMPLES = {2: 128, 3: 128, 4: 128, 5: 128, 6: 64, 7: 64, 8: 64}
-"""Images kept beyond 64 pixels, by the narrowest width: each takes seconds, and weights of few bits need more."""
-MODEST = 5e8
-"""Multiply-adds of a large image up to which twice as many are kept, up to 5 bits and without a time limit."""
+"""Images kept beyond 64 pixels, by the narrowest width: each takes two seconds, and weights of few bits need more."""
 STEPS = {2: 3000, 3: 3000, 4: 1200, 5: 1000, 6: 500, 7: 240, 8: 160}
 """Training steps of Q by the narrowest width, for networks that are cheap to run."""
 WARMUP = {2: 300, 3: 300, 4: 300, 5: 240, 6: 200, 7: 160, 8: 120}
@@ -115,8 +113,7 @@ def make_plan(settings: Settings, teacher: Teacher, bits: int, minutes: float | 
         if settings.refine_steps is not None:
             refine = settings.refine_steps
     steps = settings.steps if settings.steps is not None else max(LEAST_STEPS, round(STEPS[bits] / slow))
-    large = LARGE_SAMPLES[bits] * (2 if bits <= 5 and teacher.macs <= MODEST and minutes is None else 1)
-    samples = settings.samples or (SAMPLES if small else large)
+    samples = settings.samples or (SAMPLES if small else LARGE_SAMPLES[bits])
     names = {"warmup": "warmup_steps", "samples": "refine_steps", "game": "steps"}
     told = frozenset(phase for phase, name in names.items() if getattr(settings, name, None) is not None)
     return Plan(batch, generator_batch, samples, warmup, steps, refine, minutes, told, most)
