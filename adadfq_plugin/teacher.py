@@ -93,15 +93,14 @@ def multiply_adds(model: nn.Module, input_size: Sequence[int]) -> int:
         >>> multiply_adds(nn.Conv2d(3, 8, 3, padding=1), (3, 4, 4))
         3456
     """
-    # the counter knows nothing of fused attention
-    unfused = _unfused_attention(), sdpa_kernel(SDPBackend.MATH)
-    with unfused[0], unfused[1], FlopCounterMode(display=False) as counter, torch.no_grad():
+    unfused = sdpa_kernel(SDPBackend.MATH)  # the counter knows nothing of fused attention
+    with unfused, _plain_attention(), FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(2, *input_size, device=device_of(model)))
     return int(counter.get_total_flops()) // 4  # two images, two operations each
 
 
 @contextmanager
-def _unfused_attention() -> Iterator[None]:
+def _plain_attention() -> Iterator[None]:
     """``nn.MultiheadAttention`` by its own products instead of one kernel."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

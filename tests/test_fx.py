@@ -854,6 +854,8 @@ class Writes(models.Residual):
             y.flatten(2).mul_(0.3)
         elif self.how == "part":
             y[:, :4].relu_()
+        elif self.how == "copy":
+            y = y + y.clone().relu_()
         else:
             y = y.clone().fill_(0.5)
         logits: Tensor = self.linear(self.pool(self.conv3(y)).flatten(1))
@@ -888,3 +890,10 @@ def test_padding_by_name_converts(qat: bool) -> None:
     with torch.no_grad():
         expected = model(batch)
         assert (opened.convert()(batch) - expected).abs().mean() < 0.05 * expected.std()
+
+
+def test_a_copy_may_be_overwritten() -> None:
+    model, batch = Writes("copy"), models.images(8)
+    opened = FXBackend().open(prepare_qat_fx(model.train(), qconfig_mapping(Scheme()), EXAMPLE))
+    with torch.no_grad(), opened.phase(Phase.FLOAT):
+        torch.testing.assert_close(opened.module(batch), model.eval()(batch), rtol=1e-4, atol=1e-4)

@@ -17,6 +17,7 @@ __all__ = [
     "ATTRIBUTES",
     "INTEGER",
     "MOVES",
+    "VIEWS",
     "called",
     "is_quantizer",
     "module_of",
@@ -28,14 +29,29 @@ __all__ = [
 
 ATTRIBUTES = "_observed_graph_module_attrs"
 INTEGER = (torch.quint8, torch.qint8)
-MOVES = (
-    *("flatten", "view", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "contiguous", "clone"),
-    *("select", "narrow", "index_select", "gather", "expand", "roll", "flip"),
-    *("split", "split_with_sizes", "chunk", "unbind", "unflatten", "movedim", "swapaxes", "repeat"),
+VIEWS = (
+    *("flatten", "view", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "contiguous"),
+    *(
+        "select",
+        "narrow",
+        "expand",
+        "split",
+        "split_with_sizes",
+        "chunk",
+        "unbind",
+        "unflatten",
+        "movedim",
+        "swapaxes",
+    ),
     *(torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze),
-    *(torch.select, torch.narrow, torch.index_select, torch.gather, torch.roll, torch.flip),
-    *(torch.split, torch.split_with_sizes, torch.chunk, torch.unbind, operator.getitem),
-    *(torch.movedim, torch.swapaxes, F.pad, F.dropout, nn.Dropout, nn.Identity, nn.Flatten),
+    *(torch.select, torch.narrow, torch.split, torch.split_with_sizes, torch.chunk, torch.unbind),
+    *(torch.movedim, torch.swapaxes, operator.getitem, F.dropout, nn.Dropout, nn.Identity, nn.Flatten),
+)
+"""What may give a tensor's own memory on: writing there changes the tensor."""
+MOVES = (
+    *VIEWS,
+    *("clone", "index_select", "gather", "roll", "flip", "repeat"),
+    *(torch.index_select, torch.gather, torch.roll, torch.flip, F.pad),
 )
 """What gives the values of tensors, or some of them, elsewhere."""
 

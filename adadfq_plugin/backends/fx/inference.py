@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from adadfq_plugin.backends.fx.calls import with_argument
-from adadfq_plugin.backends.fx.graphs import MOVES, called, is_quantizer, module_of
+from adadfq_plugin.backends.fx.graphs import VIEWS, called, is_quantizer, module_of
 from adadfq_plugin.errors import ModelError
 
 __all__ = ["as_inference"]
@@ -109,7 +109,7 @@ def _redirect(model: GraphModule, node: Node) -> None:
         return [user for user in tensor.users if order[user] > order[node]]
 
     whole = source
-    while whole.all_input_nodes and (is_view := called(model, whole) in MOVES) | _is_quantizer(model, whole):
+    while whole.all_input_nodes and (is_view := called(model, whole) in VIEWS) | _is_quantizer(model, whole):
         whole = whole.all_input_nodes[0]
         if is_view and read_later(whole):
             raise ModelError(
