@@ -66,6 +66,8 @@ class Result:
         information: normalised information H' of the samples (N,), 1 where P and Q agree.
         agreement: top-1 agreement of P and the fake-quantized Q on the samples, 0 to 1.
         sqnr_db: signal to quantization noise of Q's logits on the samples, in decibels.
+        fidelity: top-1 agreement of the fake-quantized Q and what it converts to, on the samples, 0 to 1; None where
+            the prepared model quantizes nothing before it is converted (``prepare_fx``, ``prepare_pt2e``).
         macs: multiply-adds of one image.
         integer_macs: those that integer kernels do, after :func:`quantize`.
         prepared: the calibrated model, ready for conversion.
@@ -86,6 +88,7 @@ class Result:
     information: Tensor
     agreement: float
     sqnr_db: float
+    fidelity: float | None
     macs: int
     prepared: nn.Module
     scheme: Scheme | None = None
@@ -208,20 +211,23 @@ def calibrate(
             mean=mean,
             std=std,
         )
-    found = [f"{name} = {getattr(facts, name)} ({why})" for name, why in facts.guesses.items()]
-    told = [f"not told, so taken: {'; '.join(found)}"] if found else []
-    for line in told:
-        warnings.warn(f"adadfq_plugin: {line}; pass them by keyword", UserWarning, stacklevel=2)
+    told: list[str] = []
+
+    def tell(sentence: str, advice: str = "") -> None:
+        if sentence:
+            told.append(sentence)
+            warnings.warn(f"adadfq_plugin: {sentence}{advice}", UserWarning, stacklevel=3)
+
+    guesses = "; ".join(f"{name} = {getattr(facts, name)} ({why})" for name, why in facts.guesses.items())
+    tell(f"not told, so taken: {guesses}" if guesses else "", "; pass them by keyword")
     frozen = make_teacher(source, facts, device=where)
     if frozen.channels_last:
         opened.module.to(memory_format=torch.channels_last)
     opened.module.to(where)
     with fork_rng(seed, where):
         comparison.refuse_random(frozen, where)
-    difference = comparison.not_the_teacher(frozen, opened, where, own=teacher is None)
-    if difference:
-        told.append(difference)
-        warnings.warn(f"adadfq_plugin: {difference}", UserWarning, stacklevel=2)
+        comparison.refuse_inconvertible(frozen, opened, where)
+    tell(comparison.not_the_teacher(frozen, opened, where, own=teacher is None))
     with fork_rng(seed, where), torch.enable_grad():
         task = Task(frozen, opened, made, seed, where, progress or _silent, minutes)
         outcome = chosen.calibrate(task)
@@ -229,9 +235,10 @@ def calibrate(
             raise BrokenPluginError(
                 f"method {method!r} returned {type(outcome).__name__}, not adadfq_plugin.contracts.Outcome"
             )
-        figures = comparison.figures(frozen, opened, outcome.samples, where)
+        figures, unfaithful = comparison.figures(frozen, opened, outcome.samples, where)
         opened.module.to(device_of(prepared)).to(memory_format=torch.contiguous_format)
         opened.commit()
+    tell(unfaithful)
     return Result(
         method=method,
         backend=toolkit.name,

@@ -1,7 +1,8 @@
-"""P and Q side by side: whether they are one network before anything is quantized, and how far apart afterwards."""
+"""P, Q and what Q converts to, side by side: whether they are one network, and how far quantization moved them."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,14 +10,16 @@ from torch import Tensor
 
 from adadfq_plugin.contracts import Phase, Prepared
 from adadfq_plugin.dataset import SyntheticDataset
-from adadfq_plugin.errors import ModelError
+from adadfq_plugin.errors import ModelError, first_line
 from adadfq_plugin.functional import disagreement_information, normalized_information, sqnr_db, top1_agreement
 from adadfq_plugin.teacher import Teacher
 
-__all__ = ["figures", "not_the_teacher", "refuse_random"]
+__all__ = ["figures", "not_the_teacher", "refuse_inconvertible", "refuse_random", "unfaithful"]
 
 TOLERANCE = 0.01
 """Largest difference of logits, relative to the largest one, between a network and its prepared copy."""
+FAITHFUL = 0.98
+"""Agreement of fake-quantized and converted network below which a user is warned."""
 PIECE = 16
 """Images a forward pass."""
 
@@ -83,6 +86,32 @@ def not_the_teacher(teacher: Teacher, prepared: Prepared, device: torch.device, 
     )
 
 
+def refuse_inconvertible(teacher: Teacher, prepared: Prepared, device: torch.device) -> None:
+    """Refuses now what the toolkit's convert would refuse after the calibration.
+
+    Args:
+        teacher: P.
+        prepared: Q; a copy of it is observed, converted and run.
+        device: where both are.
+
+    Raises:
+        ModelError: the conversion, or the converted network, fails.
+    """
+    images = _noise(teacher, device)
+    twin = prepared.reference()
+    with torch.no_grad():
+        with twin.phase(Phase.OBSERVE):
+            twin.module(images)
+        twin.set_ranges("minmax")
+        try:
+            twin.convert()(images.cpu())
+        except Exception as error:  # whatever the toolkit raises
+            raise ModelError(
+                f"the prepared model can't be converted: {first_line(error)}; let adadfq_plugin.prepare prepare it, "
+                "which leaves such calls in float, or give them no QConfig"
+            ) from error
+
+
 def _noise(teacher: Teacher, device: torch.device) -> Tensor:
     noise = torch.randn(4, *teacher.facts.input_size, generator=torch.Generator().manual_seed(0))
     return teacher.facts.from_standard(noise).to(device)
@@ -90,8 +119,8 @@ def _noise(teacher: Teacher, device: torch.device) -> Tensor:
 
 def figures(
     teacher: Teacher, prepared: Prepared, samples: SyntheticDataset, device: torch.device
-) -> dict[str, Any]:
-    """How far Q is from P on samples.
+) -> tuple[dict[str, Any], str]:
+    """How far Q is from P on samples, and what Q converts to from Q.
 
     Args:
         teacher: P.
@@ -100,22 +129,44 @@ def figures(
         device: where both networks are.
 
     Returns:
-        ``information``: normalised information of each sample (N,); ``agreement``: share of equal top-1 answers;
-        ``sqnr_db``: the logits' signal over their quantization noise.
+        ``information``: normalised information of each sample (N,); ``agreement``: share of equal top-1 answers of P
+        and Q; ``sqnr_db``: the logits' signal over their quantization noise; ``fidelity``: share of equal answers of Q
+        and the converted network, None where Q quantizes nothing before it is converted. Then a sentence where the
+        converted network is another than Q, else nothing.
     """
-    z_p: list[Tensor] = []
-    z_q: list[Tensor] = []
-    network, place = prepared.module, device
-    if not prepared.trainable:  # the toolkit's own observers quantize nothing, and would go on observing
-        network, place = prepared.convert(), torch.device("cpu")
+    of_p: list[Tensor] = []
+    of_q: list[Tensor] = []
+    of_c: list[Tensor] = []
+    converted = prepared.convert()
     with torch.no_grad(), prepared.phase(Phase.EVALUATE):
         for start in range(0, len(samples), PIECE):
             images = samples.images(start, start + PIECE)
-            z_p.append(teacher(images.to(device)).cpu())
-            z_q.append(network(images.to(place)).cpu())
-    p, q = torch.cat(z_p), torch.cat(z_q)
-    return {
-        "information": normalized_information(disagreement_information(p, q), p.shape[1]),
-        "agreement": top1_agreement(p, q),
-        "sqnr_db": sqnr_db(p, q),
+            of_p.append(teacher(images.to(device)).cpu())
+            of_c.append(converted(images))
+            if prepared.trainable:  # the toolkit's own observers quantize nothing, and would go on observing
+                of_q.append(prepared.module(images.to(device)).cpu())
+    z_p, z_c = torch.cat(of_p), torch.cat(of_c)
+    z_q = torch.cat(of_q) if of_q else z_c
+    values = {
+        "information": normalized_information(disagreement_information(z_p, z_q), z_p.shape[1]),
+        "agreement": top1_agreement(z_p, z_q),
+        "sqnr_db": sqnr_db(z_p, z_q),
+        "fidelity": top1_agreement(z_q, z_c) if of_q else None,
     }
+    return values, unfaithful(z_p, z_q, z_c)
+
+
+def unfaithful(z_p: Tensor, z_q: Tensor, z_c: Tensor) -> str:
+    """A sentence where the converted network's logits are farther from Q's than these from P's, and answer otherwise.
+
+    Samples are close to ties, which any change breaks: few equal answers alone say nothing.
+    """
+    same = top1_agreement(z_q, z_c)
+    moved, strayed = (float(torch.linalg.vector_norm(one - z_q)) for one in (z_p, z_c))
+    if same >= FAITHFUL or strayed <= moved:  # NaN is no fidelity
+        return ""
+    return (
+        f"on the synthetic set the converted network agrees with the fake-quantized one on {same:.1%} alone, and its "
+        f"logits are {strayed / moved if moved else math.inf:.1f} times as far from that one's as those are from the "
+        "float network's: it is not the network that was calibrated"
+    )

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.ao.quantization import get_default_qconfig_mapping
-from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+from torch.ao.quantization import get_default_qat_qconfig_mapping, get_default_qconfig_mapping
+from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx, prepare_qat_fx
 
 import adadfq_plugin
 from adadfq_plugin import api, comparison
@@ -153,6 +153,7 @@ def test_prepare_fx_models_are_observed_not_trained() -> None:
     result = adadfq_plugin.calibrate(prepared, teacher=models.trained(), settings=QUICK_G, **TOLD)
     assert any("not trained" in note for note in result.notes)
     assert result.sqnr_db < 60  # the figures are of a quantized network
+    assert result.fidelity is None  # and of no other
     batch = models.images(32)
     expected = models.trained()(batch)
     assert (convert_fx(prepared)(batch) - expected).abs().mean() < expected.std()
@@ -167,10 +168,65 @@ def test_figures_do_not_feed_the_observers(monkeypatch: pytest.MonkeyPatch) -> N
         return {name: value for name, value in prepared.state_dict().items() if "val" in name}
 
     measured = calibrated()
-    nothing = {"information": torch.zeros(0), "agreement": 0.0, "sqnr_db": 0.0}
+    nothing = {"information": torch.zeros(0), "agreement": 0.0, "sqnr_db": 0.0, "fidelity": None}, ""
     monkeypatch.setattr(comparison, "figures", lambda *_: nothing)
     assert all(torch.equal(measured[name], value) for name, value in calibrated().items())
     assert len(measured) > 3
+
+
+class Functional(nn.Module):
+    """What torch.ao converts to something else (a scaled sum), or not at all (a convolution without a bias)."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.bn = nn.BatchNorm2d(8)
+        self.weight = nn.Parameter(torch.randn(8, 8, 3, 3) / 6)
+        self.linear = nn.Linear(8, models.CLASSES)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        x = self.bn(self.conv(x)).relu()
+        x = torch.add(x, x.roll(1, 3), alpha=0.1) if self.kind == "sum" else x
+        x = nn.functional.conv2d(x, self.weight, padding=1) if self.kind == "convolution" else x
+        return self.linear(x.mean((2, 3)))
+
+
+def prepared_by_torch(kind: str) -> tuple[nn.Module, nn.Module]:
+    model = Functional(kind)
+    model.train()(models.images(32))
+    mapping = get_default_qat_qconfig_mapping("x86")
+    return model.eval(), prepare_qat_fx(model.train(), mapping, (torch.zeros(2, *models.SIZE),))
+
+
+def test_a_conversion_to_something_else_is_told() -> None:
+    model, prepared = prepared_by_torch("sum")
+    with pytest.warns(UserWarning, match="it is not the network that was calibrated"):
+        result = adadfq_plugin.calibrate(prepared, teacher=model.eval(), settings=QUICK_G, **TOLD)
+    assert result.fidelity is not None
+    assert result.fidelity < 0.98
+    assert [line for line in result.warnings if "converted network agrees" in line]
+
+
+def test_a_conversion_that_fails_is_refused_before_any_work() -> None:
+    model, prepared = prepared_by_torch("convolution")
+    before = {name: value.clone() for name, value in prepared.state_dict().items()}
+    seen: list[str] = []
+    with pytest.raises(ModelError, match=r"can't be converted: quantized::conv2d_prepack\(\) is missing"):
+        adadfq_plugin.calibrate(
+            prepared, teacher=model.eval(), settings=QUICK_G, progress=lambda *_: seen.append("step"), **TOLD
+        )
+    assert not seen
+    assert all(torch.equal(value, before[name]) for name, value in prepared.state_dict().items())
+
+
+def test_logits_that_are_no_numbers_are_no_fidelity() -> None:
+    logits = torch.eye(4)
+    assert "agrees with the fake-quantized one on 0.0% alone" in comparison.unfaithful(
+        logits + 0.1, logits, logits * torch.nan
+    )
+    assert not comparison.unfaithful(logits + 0.1, logits, logits)
+    assert not comparison.unfaithful(logits, logits / 100, logits.roll(1) / 100)  # other answers, but near
 
 
 def test_steps_zero_sets_ranges_only() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,6 @@ from adadfq_plugin.demo import demo_model
 from adadfq_plugin.errors import DataError, OutputError, SettingsError
 from adadfq_plugin.facts import Facts
 from adadfq_plugin.files import atomic_folder, check_folder
-from adadfq_plugin.hooks import module_modes
 from adadfq_plugin.labelled import ValidationLoader
 from adadfq_plugin.report import Accuracy, Latency, Report, environment, measure_latency, write
 from adadfq_plugin.report.render import megabytes, percent
@@ -36,8 +34,6 @@ SAMPLES_FILE = "samples.safetensors"
 SETTINGS_FILE = "settings.toml"
 REPORT_FILE = "report.json"
 DEMO = "demo:"
-FAITHFUL = 0.98
-"""Agreement of fake-quantized and converted network below which a user is warned."""
 Logits = Callable[[Tensor], Tensor]
 
 
@@ -113,14 +109,7 @@ def quantize(plan: Plan, output: Path, images: Images | None, *, force: bool, ba
         top1["converted"] = _top1(converted, loader, "converted", bars)
     accuracy = None if images is None or loader is None else Accuracy(top1, loader.count, images.folder)
     example = samples.images(0, 1)
-    fidelity, strayed = _fidelity(model, result.prepared, converted, samples, bars)
     warnings = list(result.warnings)
-    if fidelity < FAITHFUL and not strayed <= 1:  # NaN is no fidelity
-        warnings.append(
-            f"on the synthetic set the converted network agrees with the fake-quantized one on {percent(fidelity)} "
-            f"alone, and its logits are {strayed:.1f} times as far from that one's as those are from the float "
-            "network's: it is not the network that was calibrated"
-        )
     latency = _latency(model, converted, example, bars)
     bars("write", 0, 1, {})
     with atomic_folder(output, replace=force) as folder:
@@ -139,7 +128,7 @@ def quantize(plan: Plan, output: Path, images: Images | None, *, force: bool, ba
             history=result.history,
             seconds=result.seconds,
             agreement=result.agreement,
-            fidelity=fidelity,
+            fidelity=result.fidelity,
             integer_share=result.integer_macs / result.macs,
             sqnr_db=result.sqnr_db,
             information=result.information,
@@ -205,27 +194,6 @@ def _top1(model: Logits, loader: ValidationLoader, network: str, bars: Bars) -> 
         bars(f"top-1 of {network}", done, loader.count, {})
 
     return api.evaluate(model, loader, progress=progress).top1
-
-
-def _fidelity(
-    model: nn.Module, prepared: nn.Module, converted: nn.Module, samples: SyntheticDataset, bars: Bars
-) -> tuple[float, float]:
-    """Whether conversion gives what was calibrated.
-
-    Returns:
-        the share of the samples on which converted and fake-quantized network agree in top-1; and the distance of
-        their logits in units of what quantization itself moved, for samples are close to ties that any change breaks.
-    """
-    agreed, moved, strayed, size = 0, 0.0, 0.0, 32
-    with torch.no_grad(), module_modes(prepared, False), module_modes(model, False):
-        for start in range(0, len(samples), size):
-            images = samples.images(start, start + size)
-            exact, fake, integer = model(images), prepared(images), converted(images)
-            agreed += int((fake.argmax(1) == integer.argmax(1)).sum())
-            moved += (exact - fake).square().sum().item()
-            strayed += (fake - integer).square().sum().item()
-            bars("compare", min(len(samples), start + size), len(samples), {})
-    return agreed / len(samples), math.sqrt(strayed / moved) if moved else math.inf
 
 
 def _latency(model: nn.Module, converted: nn.Module, example: Tensor, bars: Bars) -> Latency:
