@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from adadfq_plugin.errors import ModelError, first_line
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Facts", "device_of", "find_facts"]
+__all__ = ["AVERAGED", "IMAGENET_MEAN", "IMAGENET_STD", "Facts", "averaged", "device_of", "find_facts"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+AVERAGED = "guess: the mean of timm's channels"
 LARGE = 64
 USUAL_SIDE = {10: 32, 100: 32, 200: 64, 1000: 224, 21843: 224, 21841: 224}
 """Image side of the usual data set with that many classes (CIFAR, Tiny ImageNet, ImageNet)."""
@@ -183,6 +184,16 @@ def _as_size(value: Any, channels: int) -> tuple[int, int, int]:
     return size[0], size[1], size[2]
 
 
+def averaged(left: Sequence[float], channels: int) -> tuple[float, ...]:
+    """What timm left for another number of channels: its mean for each; :data:`AVERAGED` says so.
+
+    Example:
+        >>> averaged((0.25, 0.5, 0.75), 1)
+        (0.5,)
+    """
+    return (sum(left) / len(left),) * channels
+
+
 def _numbers(name: str, values: Any, channels: int) -> tuple[float, ...]:
     """The mean or deviation of each channel, checked for its unit."""
     try:
@@ -269,8 +280,7 @@ def find_facts(
         if given is not None:
             constants[name], sources[name] = _numbers(name, given, size[0]), "argument"
         elif left is not None and len(left) != size[0]:
-            constants[name] = (sum(left) / len(left),) * size[0]
-            sources[name] = "guess: the mean of timm's channels"
+            constants[name], sources[name] = averaged(left, size[0]), AVERAGED
         elif left is not None:
             constants[name], sources[name] = _numbers(name, left, size[0]), "timm"
         else:

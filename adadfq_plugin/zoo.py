@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from adadfq_plugin.config import nearest
 from adadfq_plugin.errors import DataError, ModelError, SettingsError, UnknownNameError, first_line
-from adadfq_plugin.facts import Facts
+from adadfq_plugin.facts import AVERAGED, Facts, averaged
 from adadfq_plugin.hooks import fork_rng
 from adadfq_plugin.labelled import LabelledImages, ValidationLoader
 
@@ -183,7 +183,7 @@ def facts(model: nn.Module, overrides: Mapping[str, Any] | None = None) -> Facts
         if key in given or (key == "input_size" and "img_size" in given):
             sources[key] = "argument"
         elif key in guessed:
-            sources[key] = "guess: the mean of timm's channels"
+            sources[key] = AVERAGED
         elif timm_has.get(key) is not None:
             sources[key] = "timm"
         else:
@@ -207,7 +207,7 @@ def _with_channels(config: dict[str, Any], channels: int) -> tuple[str, ...]:
     config["input_size"] = (channels, *size[1:])
     guessed = tuple(name for name in ("mean", "std") if config.get(name))
     for name in guessed:
-        config[name] = (sum(config[name]) / len(config[name]),) * channels
+        config[name] = averaged(config[name], channels)
     return guessed
 
 
