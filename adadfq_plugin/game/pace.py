@@ -23,8 +23,10 @@ SAMPLES = 1024
 """Images kept, up to 64 pixels."""
 LARGE_SAMPLES = {2: 128, 3: 128, 4: 128, 5: 128, 6: 64, 7: 64, 8: 64}
 """Images kept beyond 64 pixels, by the narrowest width: each takes two seconds, and weights of few bits need more."""
-STEPS = {2: 3000, 3: 3000, 4: 1200, 5: 1000, 6: 500, 7: 240, 8: 160}
-"""Training steps of Q by the narrowest width, for networks that are cheap to run."""
+STEPS = {2: 3000, 3: 3000, 4: 1200, 5: 3000, 6: 500, 7: 240, 8: 160}
+"""Training steps of Q by the narrowest width, for networks that are cheap to run; more did not help at 4 and 6 bits."""
+LARGE_STEPS = {**STEPS, 5: 1000}
+"""The same beyond 64 pixels, where a step takes a second."""
 WARMUP = {2: 300, 3: 300, 4: 300, 5: 240, 6: 200, 7: 160, 8: 120}
 """Steps of the generator before Q joins, likewise."""
 CHEAP = 2e9
@@ -99,20 +101,22 @@ def make_plan(settings: Settings, teacher: Teacher, bits: int, minutes: float | 
     bits = min(max(bits, 2), 8)
     small = not teacher.facts.large
     batch = settings.batch_size or (BATCH if small else LARGE_BATCH)
-    generator_batch, warmup, refine, most = 0, 0, 0, {"game": MOST * STEPS[bits]}
+    enough = (STEPS if small else LARGE_STEPS)[bits]
+    generator_batch, warmup, refine, most = 0, 0, 0, {"game": MOST * enough}
     slow = max(1.0, batch * teacher.macs / CHEAP)
     if isinstance(settings, GeneratorSettings):
         usual = GENERATED if small else LARGE_GENERATED
         generator_batch = settings.generator_batch_size or min(settings.batch_size or usual, usual)
         statistics = bool(batch_norms(teacher.model))  # without, images start from natural noise
-        enough, refine = WARMUP[bits] / (1 if statistics else 4), REFINE[bits] // (1 if statistics else 2)
-        warmup = max(LEAST_WARMUP, round(enough / slow))
-        most |= {"warmup": max(LEAST_WARMUP, round(MOST * enough)), "samples": MOST * refine}
+        usual_warmup = WARMUP[bits] / (1 if statistics else 4)
+        refine = REFINE[bits] // (1 if statistics else 2)
+        warmup = max(LEAST_WARMUP, round(usual_warmup / slow))
+        most |= {"warmup": max(LEAST_WARMUP, round(MOST * usual_warmup)), "samples": MOST * refine}
         if settings.warmup_steps is not None:
             warmup = settings.warmup_steps
         if settings.refine_steps is not None:
             refine = settings.refine_steps
-    steps = settings.steps if settings.steps is not None else max(LEAST_STEPS, round(STEPS[bits] / slow))
+    steps = settings.steps if settings.steps is not None else max(LEAST_STEPS, round(enough / slow))
     samples = settings.samples or (SAMPLES if small else LARGE_SAMPLES[bits])
     names = {"warmup": "warmup_steps", "samples": "refine_steps", "game": "steps"}
     told = frozenset(phase for phase, name in names.items() if getattr(settings, name, None) is not None)
