@@ -88,6 +88,7 @@ INGREDIENTS: dict[str, Ingredient] = {
     "even": Ingredient("images", "even contrast", recipes=(2, 3, 6, 7)),
     "enlarged": Ingredient("images", "enlarged views while refining", recipes=(1, 3, 5, 7)),
     "moved": Ingredient("images", "moved views while refining", recipes=(0, 2, 4, 6)),
+    "contrast and moved": Ingredient("images", "uneven contrast and moved views", recipes=(0, 4)),
     "game": Ingredient("game", "nothing (all of the defaults)"),
     "boundaries": Ingredient("game", "both boundaries (G follows the prior alone)", NO_BOUNDARIES),
     "balance": Ingredient("game", "the balance", {"beta": 0.0}),
