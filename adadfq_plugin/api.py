@@ -236,9 +236,9 @@ def calibrate(
                 f"method {method!r} returned {type(outcome).__name__}, not adadfq_plugin.contracts.Outcome"
             )
         figures, unfaithful = comparison.figures(frozen, opened, outcome.samples, where)
+        tell(unfaithful)  # where warnings are errors, before anything of the user's is written
         opened.module.to(device_of(prepared)).to(memory_format=torch.contiguous_format)
         opened.commit()
-    tell(unfaithful)
     return Result(
         method=method,
         backend=toolkit.name,

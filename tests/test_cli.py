@@ -384,6 +384,29 @@ def test_force_replaces(given: Given, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "report.json").read_text())["boundaries"] is None
 
 
+@pytest.mark.filterwarnings("ignore:adadfq_plugin. on the synthetic set the converted network")
+@pytest.mark.parametrize("worth", [1.0, float("nan")])
+def test_an_unfaithful_conversion_is_not_passed_over(
+    given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worth: float
+) -> None:
+    class Wrong(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.eye(10)[images[:, 0, 0, 0].mul(1e4).long() % 10] * worth
+
+    wrong = torch.fx.symbolic_trace(Wrong())
+    monkeypatch.setattr("adadfq_plugin.backends.fx.FXPrepared.convert", lambda _: wrong)
+    words = (*given.bare, *KEPT, "--method", "noise", "--steps", 0)
+    ended = adadfq("quantize", *words, "-o", tmp_path / "out")
+    assert ended.code == 0, ended.output
+    assert (
+        "warning: on the synthetic set the converted network agrees with the fake-quantized one"
+        in ended.output
+    )
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["fidelity"] < 0.98
+    assert any("it is not the network that was calibrated" in line for line in report["warnings"])
+
+
 @pytest.mark.parametrize("writer", ["pathlib.Path.write_bytes", "torch.jit.save"])
 def test_a_full_disk(given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: str) -> None:
     def full(*_args: Any, **_kwargs: Any) -> None:

@@ -31,18 +31,8 @@ ATTRIBUTES = "_observed_graph_module_attrs"
 INTEGER = (torch.quint8, torch.qint8)
 VIEWS = (
     *("flatten", "view", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "contiguous"),
-    *(
-        "select",
-        "narrow",
-        "expand",
-        "split",
-        "split_with_sizes",
-        "chunk",
-        "unbind",
-        "unflatten",
-        "movedim",
-        "swapaxes",
-    ),
+    *("select", "narrow", "expand", "split", "split_with_sizes", "chunk", "unbind"),
+    *("unflatten", "movedim", "swapaxes"),
     *(torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze),
     *(torch.select, torch.narrow, torch.split, torch.split_with_sizes, torch.chunk, torch.unbind),
     *(torch.movedim, torch.swapaxes, operator.getitem, F.dropout, nn.Dropout, nn.Identity, nn.Flatten),
