@@ -23,10 +23,8 @@ SAMPLES = 1024
 """Images kept, up to 64 pixels."""
 LARGE_SAMPLES = {2: 128, 3: 128, 4: 128, 5: 128, 6: 64, 7: 64, 8: 64}
 """Images kept beyond 64 pixels, by the narrowest width: each takes two seconds, and weights of few bits need more."""
-STEPS = {2: 3000, 3: 3000, 4: 1200, 5: 3000, 6: 500, 7: 240, 8: 160}
-"""Training steps of Q by the narrowest width, for networks that are cheap to run; more did not help at 4 and 6 bits."""
-LARGE_STEPS = {**STEPS, 5: 1000}
-"""The same beyond 64 pixels, where a step takes a second."""
+STEPS = {2: 3000, 3: 3000, 4: 1200, 5: 1000, 6: 500, 7: 240, 8: 160}
+"""Training steps of Q by the narrowest width, for networks that are cheap to run; more did not help at 4 to 6 bits."""
 WARMUP = {2: 300, 3: 300, 4: 300, 5: 240, 6: 200, 7: 160, 8: 120}
 """Steps of the generator before Q joins, likewise."""
 CHEAP = 2e9
@@ -101,8 +99,7 @@ def make_plan(settings: Settings, teacher: Teacher, bits: int, minutes: float | 
     bits = min(max(bits, 2), 8)
     small = not teacher.facts.large
     batch = settings.batch_size or (BATCH if small else LARGE_BATCH)
-    enough = (STEPS if small else LARGE_STEPS)[bits]
-    generator_batch, warmup, refine, most = 0, 0, 0, {"game": MOST * enough}
+    generator_batch, warmup, refine, most = 0, 0, 0, {"game": MOST * STEPS[bits]}
     slow = max(1.0, batch * teacher.macs / CHEAP)
     if isinstance(settings, GeneratorSettings):
         usual = GENERATED if small else LARGE_GENERATED
@@ -116,7 +113,7 @@ def make_plan(settings: Settings, teacher: Teacher, bits: int, minutes: float | 
             warmup = settings.warmup_steps
         if settings.refine_steps is not None:
             refine = settings.refine_steps
-    steps = settings.steps if settings.steps is not None else max(LEAST_STEPS, round(enough / slow))
+    steps = settings.steps if settings.steps is not None else max(LEAST_STEPS, round(STEPS[bits] / slow))
     samples = settings.samples or (SAMPLES if small else LARGE_SAMPLES[bits])
     names = {"warmup": "warmup_steps", "samples": "refine_steps", "game": "steps"}
     told = frozenset(phase for phase, name in names.items() if getattr(settings, name, None) is not None)
