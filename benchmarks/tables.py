@@ -23,6 +23,8 @@ COLUMNS = (
     "| logit error, largest | first half | seconds | MiB | threads | commit"
 )
 CEILINGS = ("real", "mse-real", "real_images")
+LEAST_LIMITS = 3
+"""Lengths of a run that make a curve."""
 NOTES = {
     "real": "`real` and `mse-real` are no methods: they see REAL images, and say what can be reached with these. They "
     f"are measured on other images than they see: of CIFAR-10 on the first {rulers.FIRST}, of ImageNet on 436.",
@@ -127,34 +129,47 @@ def between(marks: tuple[str, str], text: str) -> None:
 
 
 def plot(rows: dict[str, Row], file: Path) -> bool:
-    """Top-1 against time, for what was run with several limits; False where nothing was."""
+    """Top-1 against time, a panel for what was run with several limits; False where nothing was.
+
+    A line goes through the means over the seeds, a dot is a seed; at the end of a line there was no limit.
+    """
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    points: dict[str, dict[float, list[Row]]] = {}
+    panels: dict[str, dict[str, dict[float, list[Row]]]] = {}
     for row in rows.values():
         cell = row["cell"]
-        bits = cell["scheme"].upper()
-        name = f"{cell['network']} {bits}, {cell['backend']}, {cell['protocol']}: {cell['method']}"
-        limits = points.setdefault(name + changes({**cell, "minutes": None}), {})
+        panel = f"{cell['network']}, {cell['scheme'].upper()}, {cell['backend']}, {cell['protocol']} protocol"
+        curve = (
+            cell["method"]
+            + (" (REAL images)" if cell["method"] in CEILINGS else "")
+            + changes({**cell, "minutes": None})
+        )
+        limits = panels.setdefault(panel, {}).setdefault(curve, {})
         limits.setdefault(cell["minutes"] or float("inf"), []).append(row)
-    curves = {name: limits for name, limits in sorted(points.items()) if len(limits) > 1}
-    if not curves:
+    several = {
+        panel: {name: limits for name, limits in sorted(curves.items()) if len(limits) >= LEAST_LIMITS}
+        for panel, curves in sorted(panels.items())
+    }
+    drawn = {panel: curves for panel, curves in several.items() if curves}
+    if not drawn:
         return False
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
-    for name, limits in curves.items():
-        spots = [
-            [
-                statistics.mean(each(row) for row in cells)
-                for each in (lambda row: row["seconds"] / 60, accuracy)
-            ]
-            for cells in limits.values()
-        ]
-        axes.plot(*zip(*sorted(spots), strict=True), marker="o", label=name)
-    axes.set(xlabel="minutes (prepare and calibrate)", ylabel="top-1, %", xscale="log")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    figure = Figure(figsize=(7, 4 * len(drawn)), layout="constrained")
+    for axes, (panel, curves) in zip(
+        figure.subplots(len(drawn), squeeze=False)[:, 0], drawn.items(), strict=True
+    ):
+        for name, limits in curves.items():
+            seeds = [(row["seconds"] / 60, accuracy(row)) for cells in limits.values() for row in cells]
+            means = sorted(
+                (statistics.mean(row["seconds"] / 60 for row in cells), statistics.mean(map(accuracy, cells)))
+                for cells in limits.values()
+            )
+            (line,) = axes.plot(*zip(*means, strict=True), label=name)
+            axes.plot(*zip(*seeds, strict=True), linestyle="", marker=".", color=line.get_color())
+        axes.set(title=panel, xlabel="minutes (prepare and calibrate)", ylabel="top-1, %", xscale="log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
     with mpl.rc_context({"svg.hashsalt": "adadfq"}):
         figure.savefig(file, metadata={"Date": None})
     return True
