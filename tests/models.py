@@ -115,6 +115,20 @@ class Token(nn.Module):
         return cast(Tensor, self.head(self.norm(x)[:, 0]))
 
 
+class Positioned(nn.Module):
+    """A parameter of the network's own, beside its layers, as position embeddings and class tokens are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.position = nn.Parameter(torch.randn(8, 16, 16))
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.linear = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.linear(self.pool(self.stem(x).relu() * self.position).flatten(1)))
+
+
 def images(count: int) -> Tensor:
     """Smooth random images."""
     return nn.functional.interpolate(torch.randn(count, 3, 4, 4), size=SIZE[1:], mode="bilinear")

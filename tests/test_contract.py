@@ -226,6 +226,26 @@ def test_the_users_model_is_touched_by_commit_alone(backend: Backend, network: s
     assert models.same(after, models.state(model))
 
 
+def test_everything_that_was_trained_is_committed(backend: Backend) -> None:
+    """Parameters of the network itself as well, which no layer holds."""
+    batch = models.images(32)
+    torch.manual_seed(0)
+    model = backend.prepare(models.Positioned().eval(), models.SIZE, Scheme())
+    opened = backend.open(model)
+    models.observed(opened, batch)
+    own = [each for each in opened.weights() if each.shape == (8, 16, 16)]
+    assert len(own) == 1
+    with torch.no_grad():
+        for parameter in opened.weights():
+            parameter.mul_(0.5)
+    fake = logits(opened, Phase.EVALUATE, batch)
+    opened.commit()
+    with torch.no_grad():
+        assert torch.equal(quiet(model)(batch), fake)
+        converted = converted_by_toolkit(backend, model)(batch)
+    assert (fake - converted).abs().mean() <= 0.05 * fake.std()
+
+
 def test_phases_restore_switches_also_after_an_exception(backend: Backend) -> None:
     opened = backend.open(prepared(backend, bits=4))
     before = models.state(opened.module)

@@ -288,7 +288,8 @@ class FXPrepared:
         modes = {path: module.training for path, module in sites(original)}
         for path, module in sites(work):
             module.training = modes.get(path, original.training)
-        original._modules = work._modules
+        for kind in ("_modules", "_parameters", "_buffers"):
+            setattr(original, kind, getattr(work, kind))
         original.meta[ATTRIBUTES] = work.meta[ATTRIBUTES]
         original.graph = work.graph
         original.meta[CALIBRATED] = True
