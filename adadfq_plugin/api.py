@@ -188,13 +188,7 @@ def calibrate(
     made = method_settings(chosen, settings, preset)
     for model in (prepared,) if teacher is None else (prepared, teacher):
         _refuse_others(model)
-    if minutes is not None and not (isinstance(minutes, Real) and 0 < minutes < math.inf):
-        raise SettingsError(f"minutes = {minutes!r} must be positive and finite")
-    if torch.is_inference_mode_enabled():
-        raise SettingsError("training needs gradients: call it outside of torch.inference_mode()")
-    if not isinstance(seed, Integral) or not 0 <= seed < 2**64:
-        raise SettingsError(f"seed = {seed!r} must be a number from 0 to 2**64 - 1")
-    seed = int(seed)
+    seed = _checked_run(minutes, seed)
     where = _device(device) if device is not None else device_of(prepared)
     toolkit = backend_of(prepared, backend)
     with fork_rng(seed):
@@ -218,8 +212,7 @@ def calibrate(
             told.append(sentence)
             warnings.warn(f"adadfq_plugin: {sentence}{advice}", UserWarning, stacklevel=3)
 
-    guesses = "; ".join(f"{name} = {getattr(facts, name)} ({why})" for name, why in facts.guesses.items())
-    tell(f"not told, so taken: {guesses}" if guesses else "", "; pass them by keyword")
+    tell(facts.guessed, "; pass them by keyword")
     frozen = make_teacher(source, facts, device=where)
     if frozen.channels_last:
         opened.module.to(memory_format=torch.channels_last)
@@ -259,6 +252,17 @@ def calibrate(
 def _refuse_others(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise ModelError(f"{model!r} is no torch.nn.Module; timm's are made by timm.create_model(name)")
+
+
+def _checked_run(minutes: float | None, seed: int) -> int:
+    """The seed as Python's own number, of a run that can be."""
+    if minutes is not None and not (isinstance(minutes, Real) and 0 < minutes < math.inf):
+        raise SettingsError(f"minutes = {minutes!r} must be positive and finite")
+    if torch.is_inference_mode_enabled():
+        raise SettingsError("training needs gradients: call it outside of torch.inference_mode()")
+    if not isinstance(seed, Integral) or not 0 <= seed < 2**64:
+        raise SettingsError(f"seed = {seed!r} must be a number from 0 to 2**64 - 1")
+    return int(seed)
 
 
 def _device(device: torch.device | str) -> torch.device:
@@ -307,6 +311,9 @@ def quantize(
     _refuse_others(model)
     widths = scheme_of(scheme)
     method_settings(methods().get(method), settings, preset)  # refuse before any work
+    seed = _checked_run(minutes, seed)
+    if device is not None:
+        _device(device)
     with module_modes(model, False):
         refuse_nan(model, buffers=True)
         facts = find_facts(model, input_size=input_size, num_classes=num_classes, mean=mean, std=std)

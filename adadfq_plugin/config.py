@@ -86,7 +86,9 @@ class Settings(_Frozen):
         description="share of Q's batches that are mixed in pairs, P's answers to the mixtures as targets",
     )
     ranges: Literal["mse", "minmax"] = Field("mse", description="start of the activation and weight ranges")
-    range_samples: Positive = Field(256, description="images that the observers see, and the rounding")
+    range_samples: Positive = Field(
+        256, description="images that the observers see, and the rounding (at most 64 beyond 64 pixels)"
+    )
     rounding: Literal["compensated", "nearest"] = Field(
         "compensated",
         description="start of the weights: rounded one after the other, each error made up for by those that follow "

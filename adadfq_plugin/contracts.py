@@ -36,7 +36,7 @@ class Phase(enum.Enum):
     OBSERVE = "observe"
     """Observers see the activations; nothing is quantized."""
     TRAIN = "train"
-    """Fake quantization with gradients for weights and step sizes; normalisation is frozen."""
+    """Fake quantization with gradients for weights, and for step sizes that require them; normalisation is frozen."""
     EVALUATE = "evaluate"
     """Fake quantization exactly as the converted network computes it; ranges are fixed."""
 
@@ -78,7 +78,7 @@ class Prepared(Protocol):
         """What a small change of each of ``weights`` is: the quantization step of its channel, broadcastable."""
 
     def steps(self) -> Sequence[nn.Parameter]:
-        """The learned step sizes (scales) of the fake quantizers."""
+        """The logarithms of the fake quantizers' step sizes; they require gradients once a method asks for them."""
 
     def float_model(self) -> nn.Module:
         """An unquantized copy with the same weights, for the teacher when none is given."""

@@ -32,6 +32,7 @@ _BROKEN = (
     KeyError,
     TypeError,
     ValueError,
+    RuntimeError,  # images of several sizes, or none
     zipfile.BadZipFile,
     zlib.error,
     safetensors.SafetensorError,

@@ -59,6 +59,12 @@ class Facts:
         return {name: source for name, source in self.sources.items() if source.startswith("guess")}
 
     @property
+    def guessed(self) -> str:
+        """The same as a sentence; empty where nothing was guessed."""
+        taken = "; ".join(f"{name} = {getattr(self, name)} ({why})" for name, why in self.guesses.items())
+        return f"not told, so taken: {taken}" if taken else ""
+
+    @property
     def large(self) -> bool:
         """Images beyond 64 pixels: small batches, few samples, and channels last in memory."""
         return max(self.input_size[1:]) > LARGE

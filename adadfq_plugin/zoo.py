@@ -147,7 +147,7 @@ def _load_checkpoint(model: nn.Module, path: Path, name: str, remap: bool) -> No
 
 
 def facts(model: nn.Module, overrides: Mapping[str, Any] | None = None) -> Facts:
-    """What timm left on a model about its images, in the order: argument, timm, model, guess.
+    """What timm left on a model about its images, in the order: argument, timm, guess (classes: argument, model, timm).
 
     Args:
         model: a network of timm, or one with ``pretrained_cfg`` or ``num_classes`` like those.

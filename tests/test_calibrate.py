@@ -511,6 +511,10 @@ def test_other_things_than_models_and_settings_are_named() -> None:
         (lambda: adadfq_plugin.calibrate(None), "None is no torch.nn.Module"),  # type: ignore[arg-type]
         (lambda: adadfq_plugin.calibrate(models.prepared(), seed=-1), "seed = -1"),
         (lambda: adadfq_plugin.calibrate(models.prepared(), minutes=float("inf")), "minutes = inf"),
+        (lambda: adadfq_plugin.quantize(models.trained(), seed=-1), "seed = -1"),
+        (lambda: adadfq_plugin.quantize(models.trained(), seed=1.5), "seed = 1.5"),  # type: ignore[arg-type]
+        (lambda: adadfq_plugin.synthesize(models.trained(), 2, minutes=0), "minutes = 0"),
+        (lambda: adadfq_plugin.quantize(models.trained(), device="nowhere"), "device 'nowhere'"),
     )
     for call, words in cases:
         with pytest.raises(AdaDFQError, match=words):

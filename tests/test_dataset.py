@@ -185,6 +185,17 @@ def test_damaged_images_are_named(tmp_path: Path, damage: Callable[[Path], None]
         SyntheticDataset.load(tmp_path / "set")
 
 
+def test_images_of_several_sizes_or_none_are_named(tmp_path: Path) -> None:
+    make().save(tmp_path / "set")
+    Image.new("RGB", (3, 3)).save(tmp_path / "set" / "11" / "000000.png")
+    with pytest.raises(DataError, match=str(tmp_path / "set")):
+        SyntheticDataset.load(tmp_path / "set")
+    for image in (tmp_path / "set").rglob("*.png"):
+        image.unlink()
+    with pytest.raises(DataError, match=str(tmp_path / "set")):
+        SyntheticDataset.load(tmp_path / "set")
+
+
 @pytest.mark.parametrize("text", ["{", "[]", json.dumps({"facts": {"input_size": [3, 6, 4]}})])
 def test_damaged_metadata_is_named(tmp_path: Path, text: str) -> None:
     make().save(tmp_path / "set")

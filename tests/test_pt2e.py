@@ -365,6 +365,7 @@ def test_without_vnni_weights_are_narrowed(monkeypatch: pytest.MonkeyPatch) -> N
     opened = PT2EBackend().open(PT2EBackend().prepare(models.trained(), models.SIZE, Scheme()))
     assert levels(opened.module, ATEN.conv2d.default)[1::2] == [63, 63, 63]
     assert "4 layers have 7-bit weights" in opened.notes[0]
+    assert opened.lowest_bits == 8  # what was asked for
     narrow = PT2EBackend().prepare(models.trained(), models.SIZE, Scheme(weight_bits=4))
     assert not any("7-bit" in note for note in PT2EBackend().open(narrow).notes)
 

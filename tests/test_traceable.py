@@ -2,6 +2,7 @@
 
 import copy
 import operator
+from collections.abc import Callable
 from typing import Any, cast
 
 import models
@@ -25,6 +26,7 @@ from torch.ao.quantization.quantize_fx import convert_fx, prepare_qat_fx
 
 import adadfq_plugin
 from adadfq_plugin.backends.fx import FXBackend
+from adadfq_plugin.backends.fx.fake_quantize import LearnedFakeQuantize
 from adadfq_plugin.backends.fx.traceable import INPUT_SIZE, traceable
 from adadfq_plugin.backends.fx.trial import _Trial
 from adadfq_plugin.backends.fx.unquantizable import leave_in_float, unquantizable
@@ -413,6 +415,60 @@ def test_global_averages_are_poolings_which_have_an_exact_kernel() -> None:
     traced, images = traceable(Squeezed(), 12), torch.randn(4, 3, 12, 12)
     assert {F.adaptive_avg_pool2d, "mean"} <= functions(traced)  # torch.ao's pooling keeps the dimensions
     torch.testing.assert_close(outputs(traced, images), outputs(Squeezed(), images))
+
+
+class Averaged(nn.Module):
+    """Three ways to write the same average."""
+
+    def __init__(self, average: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.average, self.linear = nn.Conv2d(3, 8, 3), average, nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.linear(self.average(self.conv(x).relu()))
+        return result
+
+
+@pytest.mark.parametrize(
+    "average",
+    [
+        lambda x: x.mean((2, 3)),
+        lambda x: torch.mean(x, [2, 3]),
+        lambda x: F.adaptive_avg_pool2d(x, 1).flatten(1),
+    ],
+    ids=["method", "function", "pooling"],
+)
+def test_an_average_has_levels_of_its_own(average: Callable[[Tensor], Tensor]) -> None:
+    prepared: Any = FXBackend().prepare(
+        Averaged(average).eval(), models.SIZE, Scheme(weight_bits=4, activation_bits=4)
+    )
+    opened = FXBackend().open(prepared)
+    models.observed(opened, models.images(32))
+    scales = {
+        float(each.scale)
+        for each in opened.module.modules()
+        if isinstance(each, LearnedFakeQuantize) and not each.per_channel
+    }
+    assert len(scales) == 4  # input, convolution, average, logits
+
+
+class Weighted(nn.Module):
+    """Weights that are computed when they are needed: their memory, and their ids, are used again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList([nn.Parameter(torch.randn(3, 3, 3, 3) / 5) for _ in range(32)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for weight in self.weights:
+            x = F.conv2d(x, weight * 2.0, padding=1)
+        return x.mean((2, 3))
+
+
+def test_computed_weights_are_not_taken_for_each_other() -> None:
+    model, images = Weighted().eval(), torch.randn(2, 3, 8, 8)
+    traced = traceable(model, 8)
+    torch.testing.assert_close(outputs(traced, images), outputs(model, images))
 
 
 class Normalised(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,10 @@ def load(network: Network) -> tuple[nn.Module, Facts, str]:
             num_classes=network.num_classes,
             model_kwargs=network.model_kwargs,
         )
-    return model, zoo.facts(model, given), network.crop_mode or zoo.crop_mode(model)
+    facts = zoo.facts(model, given)
+    if facts.guessed:
+        warnings.warn(f"{facts.guessed}; options of the same names tell", UserWarning, stacklevel=2)
+    return model, facts, network.crop_mode or zoo.crop_mode(model)
 
 
 def quantize(plan: Plan, output: Path, images: Images | None, *, force: bool, bars: Bars) -> Report:
@@ -109,11 +113,12 @@ def quantize(plan: Plan, output: Path, images: Images | None, *, force: bool, ba
         top1["converted"] = _top1(converted, loader, "converted", bars)
     accuracy = None if images is None or loader is None else Accuracy(top1, loader.count, images.folder)
     example = samples.images(0, 1)
-    warnings = list(result.warnings)
+    told = [facts.guessed] if facts.guessed else []
+    told += result.warnings
     latency = _latency(model, converted, example, bars)
     bars("write", 0, 1, {})
     with atomic_folder(output, replace=force) as folder:
-        warnings += _save(backend, converted, example, folder / model_file, output)
+        told += _save(backend, converted, example, folder / model_file, output)
         samples.save(folder / SAMPLES_FILE)
         (folder / SETTINGS_FILE).write_text(_settings(plan, result.settings), encoding="utf-8")
         report = Report(
@@ -134,7 +139,7 @@ def quantize(plan: Plan, output: Path, images: Images | None, *, force: bool, ba
             information=result.information,
             boundaries=_boundaries(result.settings),
             notes=result.notes,
-            warnings=warnings,
+            warnings=told,
             accuracy=accuracy,
             sizes={"float": _float_bytes(model), "converted": (folder / model_file).stat().st_size},
             latency=latency,

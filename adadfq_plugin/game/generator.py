@@ -80,6 +80,8 @@ class GeneratorPlayer:
         self.prior, self.notes = choose_priors(settings, teacher)
         known = any(isinstance(prior, BNStatistics) for _, prior in self.prior.parts)
         self.natural = settings.natural if settings.natural is not None else 0.0 if known else NATURAL
+        if self.natural:
+            self.notes = [*self.notes, f"natural noise has a share of {self.natural:g} of G's images"]
         self.generator = Generator(teacher.facts, settings.latent_dim, settings.generator_width).to(device)
         if teacher.channels_last:
             self.generator.to(memory_format=torch.channels_last)

@@ -122,6 +122,16 @@ class QuantizedPlayer:
         """Updates left out, for their gradients were not finite."""
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
 
+    @property
+    def rates(self) -> str:
+        """What it learns at, and from, in words."""
+        rates = [
+            f"{rate:.3g} of {what}"
+            for rate, what in zip(self._rates, ("weights", "step sizes"), strict=False)
+        ]
+        weight = f", activations weighing {self.feature_weight:g}" if self.feature_weight else ""
+        return f"rate {' and '.join(rates)}{weight}"
+
     @contextmanager
     def learning(self) -> Iterator[None]:
         """Q in training for the length of the ``with``, its activations watched where they count."""

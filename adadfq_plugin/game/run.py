@@ -53,6 +53,8 @@ class Run:
         self.history = History()
         self.notes: list[str] = []
         self.seconds: dict[str, float] = {}
+        self._done: list[str] = []
+        """How much of each phase there was, for the notes."""
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
@@ -81,6 +83,7 @@ class Run:
         with self._timed("warmup"), player.watching() as prior:
             for step in pace:
                 self._report("warmup", step, pace.total, player.warm_up(prior, pace))
+        self._done.append(f"{pace.step} steps of G on {self.plan.generator_batch_size} images each")
         self._tell(pace, "the generator's warm-up")
 
     def make_samples(self, player: GeneratorPlayer) -> None:
@@ -94,6 +97,7 @@ class Run:
 
         with player.watching() as prior:
             self.fill(draw)
+        self._done.append(f"{self._refine} on each of its images themselves")
 
     def fill(self, draw: Callable[[], tuple[Tensor, Tensor, Mapping[str, float]]]) -> None:
         """Draws batches of images, labels and figures until the pool is full; some of each judge Q's states instead."""
@@ -192,6 +196,7 @@ class Run:
                 else:
                     figures = self._lesson(learner, player)
                 self._report("game", step, pace.total, {**figures, **judge()})
+        self._done.append(f"{pace.step} of Q on {self.plan.batch_size} images each, {learner.rates}")
         self._tell(pace, "the training of Q")
         for name, skipped in (("Q", learner.skipped), ("G", player.skipped if player is not None else 0)):
             if skipped:
@@ -283,6 +288,8 @@ class Run:
             "seed": self.task.seed,
             "settings": self.task.settings.model_dump(mode="json"),
         }
+        if self._done:
+            self.notes.append(f"what was run: {'; '.join(self._done)}")
         images, labels = self.pool.newest(self.plan.samples)
         samples = SyntheticDataset(images, labels, self.task.teacher.facts, provenance)
         return Outcome(samples, self.history, self.notes, self.seconds)

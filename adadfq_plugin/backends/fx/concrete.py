@@ -224,6 +224,8 @@ class ConcreteTrace(TorchFunctionMode):
             present = self.attributes.get(name)
             if present is None:
                 self.attributes[name] = found.build()
+                # it is known by their ids, which must not become somebody else's
+                self._kept.extend(each for each in found.constants.values() if isinstance(each, Tensor))
                 break
             if found.is_same(present):
                 break

@@ -56,7 +56,7 @@ def qconfig_mapping(scheme: Scheme, *, float_modules: Iterable[str] = ()) -> QCo
         if qconfig is not None and _has_fixed_range(qconfig):
             mapping.set_object_type(operation, QConfig(activation=qconfig.activation, weight=weight))
     # the integer ones return the levels of what they take, of which means use few
-    for average in ADAPTIVE_AVERAGES:
+    for average in (*ADAPTIVE_AVERAGES, torch.mean, "mean"):
         mapping.set_object_type(average, None)
     for name in float_modules:
         mapping.set_module_name(name, None)

@@ -29,7 +29,7 @@ from adadfq_plugin.backends.pt2e.graphs import (
     use_no_mutation,
 )
 from adadfq_plugin.backends.pt2e.macs import integer_macs
-from adadfq_plugin.backends.pt2e.prepared import ATTRIBUTES, IN_FLOAT, SIZE, PT2EPrepared, input_size
+from adadfq_plugin.backends.pt2e.prepared import ATTRIBUTES, NARROWED, SIZE, PT2EPrepared, input_size
 from adadfq_plugin.backends.pt2e.quantizer import SchemeQuantizer
 from adadfq_plugin.config import Scheme
 from adadfq_plugin.errors import DataError, ModelError, first_line
@@ -122,11 +122,7 @@ class PT2EBackend:
                 setattr(prepared, name, copy.deepcopy(getattr(model, name)))
         prepared.meta.update(notes)
         prepared.meta[SIZE] = tuple(input_size)
-        prepared.meta[IN_FLOAT] = (
-            [f"{quantizer.narrowed} layers have 7-bit weights: kernels of this CPU (oneDNN) overflow on 8"]
-            if quantizer.narrowed
-            else []
-        )
+        prepared.meta[NARROWED] = quantizer.narrowed
         return prepared
 
     def open(self, prepared: nn.Module) -> PT2EPrepared:

@@ -28,12 +28,12 @@ from adadfq_plugin.errors import ModelError
 from adadfq_plugin.fake_quantize import switched
 from adadfq_plugin.hooks import capture_outputs
 
-__all__ = ["ATTRIBUTES", "IN_FLOAT", "PT2EPrepared", "input_size"]
+__all__ = ["ATTRIBUTES", "NARROWED", "PT2EPrepared", "input_size"]
 
 ATTRIBUTES = "_observed_graph_module_attrs"
 """Key of ``meta`` for torchao's notes on a prepared model."""
-IN_FLOAT = "adadfq_in_float"
-"""Key of ``meta`` for sentences about what was decided when it was prepared."""
+NARROWED = "adadfq_narrowed"
+"""Key of ``meta`` for the number of layers whose weights got 7 bits where 8 were asked for."""
 COMPILE = (
     "the converted network computes in float what it has quantized, until it is compiled: "
     "adadfq_plugin.backends.pt2e.compiled has the integer kernels"
@@ -89,7 +89,12 @@ class PT2EPrepared:
 
     def __init__(self, original: GraphModule) -> None:
         self._original = original
-        self.notes: list[str] = [*original.meta.get(IN_FLOAT, ()), COMPILE]
+        narrowed = original.meta.get(NARROWED, 0)
+        self.notes: list[str] = [COMPILE]
+        if narrowed:
+            self.notes.insert(
+                0, f"{narrowed} layers have 7-bit weights: kernels of this CPU (oneDNN) overflow on 8"
+            )
         self.trainable = bool(original.meta[ATTRIBUTES].is_qat)
         self.module: GraphModule = plain_copy(original)
         self._refuse_nothing_quantized()
@@ -103,7 +108,10 @@ class PT2EPrepared:
         shape = input_size(self.module)
         if len(shape) == 4:
             self.module.meta[SIZE] = tuple(int(extent) for extent in shape[1:])
-        self.lowest_bits = min((quantizer.bits for quantizer in self._quantizers()), default=8)
+        asked = [
+            8 if narrowed and quantizer.per_channel else quantizer.bits for quantizer in self._quantizers()
+        ]
+        self.lowest_bits = min(asked, default=8)
         """Narrowest weight or activation that was asked for, in bits."""
 
     # -- what was prepared -------------------------------------------------------------------------
