@@ -562,6 +562,7 @@ def test_bars_with_the_time_left_where_somebody_does(
     assert re.search(r"game .*3/30 .*0:00:00 00:0[01] +margin 0\.125 +kl 2", shown)
 
 
+@pytest.mark.filterwarnings("always:not told, so taken")
 def test_a_grey_network_is_told_by_its_channels(tmp_path: Path) -> None:
     with fork_rng(0):
         model = timm.create_model(NAME, num_classes=3, in_chans=1).train()
@@ -576,6 +577,9 @@ def test_a_grey_network_is_told_by_its_channels(tmp_path: Path) -> None:
     rest = (*SMALL, *KEPT, *GENERATOR, "--val", tmp_path / "val", "-o", tmp_path / "out")
     ended = adadfq("quantize", *words, *rest)
     assert ended.code == 0, ended.output
-    facts = json.loads((tmp_path / "out" / "report.json").read_text())["facts"]
-    assert facts["input_size"] == [1, 32, 32]
-    assert len(facts["mean"]) == 1
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["facts"]["input_size"] == [1, 32, 32]
+    assert len(report["facts"]["mean"]) == 1
+    guessed = "not told, so taken: mean = (0.5,) (guess: the mean of timm's channels)"
+    assert f"adadfq: warning: {guessed}" in ended.output
+    assert report["warnings"][0].startswith(guessed)
