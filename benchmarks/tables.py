@@ -64,6 +64,11 @@ def changes(cell: dict[str, Any]) -> str:
     return settings + time + (f" on {cell['device']}" if cell["device"] != "cpu" else "")
 
 
+def method(cell: dict[str, Any]) -> str:
+    """The method as tables and plot name it, with what was asked for beside it."""
+    return str(cell["method"]) + (" (REAL images)" if cell["method"] in CEILINGS else "") + changes(cell)
+
+
 def tables(rows: dict[str, Row]) -> str:
     """A table a protocol and network; a line for what differs by the seed alone."""
     parts, seen = [], dict.fromkeys(NOTES, False)
@@ -104,7 +109,7 @@ def _figures(cells: Sequence[Row]) -> list[str]:
     return [
         cell["scheme"].upper(),
         cell["backend"],
-        cell["method"] + (" (REAL images)" if cell["method"] in CEILINGS else "") + changes(cell),
+        method(cell),
         str(len(cells)),
         str(cells[0]["images"]),
         f"{mean:.2f} ({', '.join(f'{value:.2f}' for value in top1)})",
@@ -140,12 +145,7 @@ def plot(rows: dict[str, Row], file: Path) -> bool:
     for row in rows.values():
         cell = row["cell"]
         panel = f"{cell['network']}, {cell['scheme'].upper()}, {cell['backend']}, {cell['protocol']} protocol"
-        curve = (
-            cell["method"]
-            + (" (REAL images)" if cell["method"] in CEILINGS else "")
-            + changes({**cell, "minutes": None})
-        )
-        limits = panels.setdefault(panel, {}).setdefault(curve, {})
+        limits = panels.setdefault(panel, {}).setdefault(method({**cell, "minutes": None}), {})
         limits.setdefault(cell["minutes"] or float("inf"), []).append(row)
     several = {
         panel: {name: limits for name, limits in sorted(curves.items()) if len(limits) >= LEAST_LIMITS}

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
-from adadfq_plugin.backends.fx.graphs import is_quantizer, module_of, quantizer_nodes, replace_module, sites
+from adadfq_plugin.backends.fx.graphs import is_quantizer, module_of, quantizer_nodes
+from adadfq_plugin.sites import replace_module, sites
 
 __all__ = ["float_copy", "fold_batch_norm", "number_padding", "separate_calls"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,8 +22,6 @@ __all__ = [
     "module_of",
     "prepared_attributes",
     "quantizer_nodes",
-    "replace_module",
-    "sites",
 ]
 
 ATTRIBUTES = "_observed_graph_module_attrs"
@@ -61,17 +58,6 @@ def _is_exported(node: Node) -> bool:
 def is_quantizer(module: nn.Module) -> bool:
     """Whether torch.ao takes the module for an observer or a fake quantizer."""
     return isinstance(module, ObserverBase | FakeQuantizeBase)
-
-
-def sites(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every place of a module in the tree, a shared module at each of its places."""
-    yield from model.named_modules(remove_duplicate=False)
-
-
-def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
-    """Puts ``new`` in the place ``path``."""
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, new)
 
 
 def module_of(model: GraphModule, node: Node) -> nn.Module | None:

@@ -30,8 +30,6 @@ from adadfq_plugin.backends.fx.graphs import (
     module_of,
     prepared_attributes,
     quantizer_nodes,
-    replace_module,
-    sites,
 )
 from adadfq_plugin.backends.fx.inference import as_inference
 from adadfq_plugin.backends.fx.kernels import GROUPS, adds_in_16_bits, has_vnni, using_engine
@@ -41,6 +39,7 @@ from adadfq_plugin.errors import ModelError
 from adadfq_plugin.fake_quantize import switched
 from adadfq_plugin.hooks import capture_outputs, module_modes
 from adadfq_plugin.ranges import largest_weight
+from adadfq_plugin.sites import replace_module, sites, take_over
 
 __all__ = ["ENGINE", "IN_FLOAT", "FXPrepared"]
 
@@ -285,13 +284,8 @@ class FXPrepared:
         """Writes the calibrated state into the user's model, in place."""
         self.finish()
         original, work = self._original, copy.deepcopy(self.module)
-        modes = {path: module.training for path, module in sites(original)}
-        for path, module in sites(work):
-            module.training = modes.get(path, original.training)
-        for kind in ("_modules", "_parameters", "_buffers"):
-            setattr(original, kind, getattr(work, kind))
+        take_over(original, work)
         original.meta[ATTRIBUTES] = work.meta[ATTRIBUTES]
-        original.graph = work.graph
         original.meta[CALIBRATED] = True
 
     def convert(self) -> nn.Module:

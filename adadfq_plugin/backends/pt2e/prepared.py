@@ -27,6 +27,7 @@ from adadfq_plugin.contracts import Phase
 from adadfq_plugin.errors import ModelError
 from adadfq_plugin.fake_quantize import switched
 from adadfq_plugin.hooks import capture_outputs
+from adadfq_plugin.sites import replace_module, sites, take_over
 
 __all__ = ["ATTRIBUTES", "NARROWED", "PT2EPrepared", "input_size"]
 
@@ -60,15 +61,6 @@ def _is_boundary(node: Any) -> bool:
     return is_constant(node) or bool(node.op == "placeholder")
 
 
-def _sites(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    yield from model.named_modules(remove_duplicate=False)
-
-
-def _put(model: nn.Module, path: str, module: nn.Module) -> None:
-    owner, _, name = path.rpartition(".")
-    setattr(model.get_submodule(owner), name, module)
-
-
 def _quantized_weights(model: GraphModule) -> Iterator[tuple[nn.Parameter, LearnedFakeQuantize, Node]]:
     """Each quantized weight with its quantizer and the layer that reads it."""
     for node in model.graph.nodes:
@@ -90,11 +82,8 @@ class PT2EPrepared:
     def __init__(self, original: GraphModule) -> None:
         self._original = original
         narrowed = original.meta.get(NARROWED, 0)
-        self.notes: list[str] = [COMPILE]
-        if narrowed:
-            self.notes.insert(
-                0, f"{narrowed} layers have 7-bit weights: kernels of this CPU (oneDNN) overflow on 8"
-            )
+        few = f"{narrowed} layers have 7-bit weights: kernels of this CPU (oneDNN) overflow on 8"
+        self.notes: list[str] = [few, COMPILE] if narrowed else [COMPILE]
         self.trainable = bool(original.meta[ATTRIBUTES].is_qat)
         self.module: GraphModule = plain_copy(original)
         self._refuse_nothing_quantized()
@@ -152,13 +141,13 @@ class PT2EPrepared:
 
     def _learn_quantizers(self) -> None:
         learned: dict[int, LearnedFakeQuantize] = {}
-        found = list(_sites(self.module))
+        found = list(sites(self.module))
         for path, module in found:
             if replaceable(module):
                 if id(module) not in learned:
                     make = LearnedFakeQuantize.like if self.trainable else LearnedFakeQuantize.around
                     learned[id(module)] = make(module)
-                _put(self.module, path, learned[id(module)])
+                replace_module(self.module, path, learned[id(module)])
         for _, module in found:  # ranges derived from others, as of a bias
             sources = getattr(module, "obs_or_fqs", None)
             if sources is not None:
@@ -247,11 +236,11 @@ class PT2EPrepared:
             if quantizer.observer is None:
                 weight.data.copy_(quantizer.settled(weight))
         observers: dict[int, nn.Module] = {}
-        for path, module in list(_sites(work)):
+        for path, module in list(sites(work)):
             if isinstance(module, LearnedFakeQuantize):
                 if module.observer is not None:
                     observers[id(module)] = module.observer
-                    _put(work, path, module.observer)
+                    replace_module(work, path, module.observer)
                 module.log_scale.requires_grad_(False)
             if isinstance(module, FakeQuantizeBase):
                 module.disable_observer()
@@ -265,13 +254,7 @@ class PT2EPrepared:
 
     def commit(self) -> None:
         """Writes the calibrated state into the user's model, in place."""
-        original, work = self._original, self.finish()
-        modes = {path: module.training for path, module in _sites(original)}
-        for path, module in _sites(work):
-            module.training = modes.get(path, original.training)
-        for kind in ("_modules", "_parameters", "_buffers"):
-            setattr(original, kind, getattr(work, kind))
-        original.graph = work.graph
+        take_over(self._original, self.finish())
 
     def convert(self) -> nn.Module:
         """The network that ``convert_pt2e`` makes of the calibrated state."""
