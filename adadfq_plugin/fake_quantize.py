@@ -17,8 +17,8 @@ from adadfq_plugin.ranges import SMALLEST_STEP, affine, search_range
 
 __all__ = ["LearnedQuantizer", "switched"]
 
-SAMPLE = 8192
-"""Activations kept from each observed batch for the range search."""
+SAMPLE = 32768
+"""Activations kept from each observed batch for the range search: of fewer, one large value may decide."""
 TIE_GRID = 4096
 """Fractions of a level: coarse enough to wipe out float noise around one half, fine enough to be exact."""
 NEAR_TIE = 1e-4
