@@ -18,15 +18,11 @@ from torch import Tensor, nn
 
 from adadfq_plugin.facts import Facts
 
-__all__ = ["Generator", "coloured", "local_contrast", "natural_noise", "whitened"]
+__all__ = ["Generator", "coloured", "natural_noise", "whitened"]
 
 SMALLEST_WIDTH = 16
 COLOUR = 0.9
 """Correlation of the channels of natural noise; that of photographs is about as large."""
-KNOTS = 4
-"""Places along a side between which the contrast of an image changes."""
-LOCAL, OVERALL = 0.6, 0.4
-"""How much contrast varies within an image and from image to image; as photographs' does in the first layers."""
 SCENE = 2
 """Side of the scene that natural noise is cut from, in images: a whole one would meet itself at its edges."""
 
@@ -176,35 +172,6 @@ def whitened(images: Tensor, fall: float = 1.0) -> Tensor:
     size = (images.shape[-2], images.shape[-1])
     white: Tensor = torch.fft.irfft2(torch.fft.rfft2(images) / _amplitudes(size, images, fall), s=size)
     return white
-
-
-def local_contrast(count: int, size: tuple[int, int], rng: torch.Generator) -> Tensor:
-    r"""Contrast that changes slowly over an image and from image to image, as that of photographs does.
-
-    .. math:: c = \exp(0.6\,u + 0.4\,v)
-
-    with u smooth over the image and v the same all over it, both of deviation 1; scaled to a mean square of 1.
-
-    Args:
-        count: images N.
-        size: height and width.
-        rng: source of randomness, on the CPU.
-
-    Returns:
-        factors (N, 1, height, width).
-
-    Source: Wainwright and Simoncelli, "Scale mixtures of Gaussians and the statistics of natural images", NeurIPS 1999.
-
-    Example:
-        >>> contrast = local_contrast(8, (32, 32), torch.Generator().manual_seed(0))
-        >>> contrast.shape, round(contrast.square().mean().item(), 2)
-        (torch.Size([8, 1, 32, 32]), 1.0)
-    """
-    knots = torch.randn(count, 1, KNOTS, KNOTS, generator=rng)
-    smooth = nn.functional.interpolate(knots, size, mode="bicubic", align_corners=True)
-    overall = torch.randn(count, 1, 1, 1, generator=rng)
-    contrast = torch.exp(LOCAL * smooth / smooth.std() + OVERALL * overall)
-    return contrast / contrast.square().mean().sqrt()
 
 
 def natural_noise(facts: Facts, count: int, rng: torch.Generator) -> Tensor:

@@ -57,14 +57,16 @@ class Ingredient:
         what: in words.
         settings: changes that take it out.
         views: whether Q sees views of its images.
-        recipes: ways of refining that are left, by their (spectrum, contrast, view); all where it is empty.
+        falls: spectra that are left to be refined in; all where it is empty.
+        parts: whether P sees parts of the images that are refined.
     """
 
     group: str
     what: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     views: bool = True
-    recipes: tuple[int, ...] = ()
+    falls: tuple[float, ...] = ()
+    parts: bool = True
 
 
 INGREDIENTS: dict[str, Ingredient] = {
@@ -82,13 +84,9 @@ INGREDIENTS: dict[str, Ingredient] = {
     "keep best": Ingredient("training", "taking back what did harm", {"keep_best": False}),
     "refining": Ingredient("images", "refining of images", {"refine_steps": 0}),
     "second class": Ingredient("images", "a second class in an image", {"second_class": 0.0}),
-    "spectrum": Ingredient("images", "moves in photographs' spectrum", recipes=(4, 5, 6, 7)),
-    "pixels": Ingredient("images", "moves of single pixels", recipes=(0, 1, 2, 3)),
-    "contrast": Ingredient("images", "uneven contrast", recipes=(0, 1, 4, 5)),
-    "even": Ingredient("images", "even contrast", recipes=(2, 3, 6, 7)),
-    "enlarged": Ingredient("images", "enlarged views while refining", recipes=(1, 3, 5, 7)),
-    "moved": Ingredient("images", "moved views while refining", recipes=(0, 2, 4, 6)),
-    "contrast and moved": Ingredient("images", "uneven contrast and moved views", recipes=(0, 4)),
+    "spectrum": Ingredient("images", "moves in photographs' spectrum", falls=(0.0,)),
+    "pixels": Ingredient("images", "moves of single pixels", falls=(1.0,)),
+    "parts": Ingredient("images", "views while refining", parts=False),
     "game": Ingredient("game", "nothing (all of the defaults)"),
     "boundaries": Ingredient("game", "both boundaries (G follows the prior alone)", NO_BOUNDARIES),
     "balance": Ingredient("game", "the balance", {"beta": 0.0}),
@@ -148,9 +146,10 @@ def method(cell: Cell, pools: Path) -> Iterator[None]:
         run.play(player if ingredient.group == "game" else None)
         return run.outcome(self.name)
 
-    left = tuple(generator.RECIPES[each] for each in ingredient.recipes) or generator.RECIPES
+    view = generator.augment if ingredient.parts else lambda images, rng: images
     with (
-        mock.patch.object(generator, "RECIPES", left),
+        mock.patch.object(generator, "FALLS", ingredient.falls or generator.FALLS),
+        mock.patch.object(generator, "augment", view),
         mock.patch.object(AdaDFQ, "calibrate", calibrate),
     ):
         yield

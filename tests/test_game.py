@@ -18,11 +18,11 @@ from adadfq_plugin.config import AdaDFQSettings, GeneratorSettings, Settings
 from adadfq_plugin.contracts import Phase, Task
 from adadfq_plugin.errors import ModelError
 from adadfq_plugin.facts import Facts, find_facts
-from adadfq_plugin.game import GeneratorPlayer, Pace, ReplayPool, augment, make_plan, mixed, moved, rounding
+from adadfq_plugin.game import GeneratorPlayer, Pace, ReplayPool, augment, make_plan, mixed, rounding
 from adadfq_plugin.game.best import BestState
 from adadfq_plugin.game.quantized import QuantizedPlayer, in_pieces
 from adadfq_plugin.game.run import Run
-from adadfq_plugin.generators import Generator, coloured, local_contrast, natural_noise, whitened
+from adadfq_plugin.generators import Generator, coloured, natural_noise, whitened
 from adadfq_plugin.teacher import Teacher, make_teacher, multiply_adds
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -157,29 +157,6 @@ def test_views_are_parts_of_their_images() -> None:
     assert 60 < (slopes < 0).sum() < 140  # half of them flipped
     again = augment(across, torch.Generator().manual_seed(0))
     assert torch.equal(again, views)
-
-
-def test_moved_images_keep_every_pixel() -> None:
-    rng = torch.Generator().manual_seed(0)
-    height, width = 12, 20
-    image = torch.arange(2.0 * height * width).view(1, 2, height, width)
-    several = moved(image.expand(300, -1, -1, -1), rng)
-    assert torch.equal(several.flatten(2).sort().values, image.flatten(2).expand(300, -1, -1))
-    rows, columns = several[:, 0, :, 0] // width, several[:, 0, 0] % width
-    down, right = rows[:, 0], columns[:, 0]
-    assert set(down.tolist()) == {each % height for each in range(-3, 4)}  # a quarter of the side at most
-    flipped = (columns[:, 1] - right) % width == width - 1
-    assert 100 < flipped.sum() < 200
-    assert set(right[~flipped].tolist()) == {each % width for each in range(-5, 6)}
-    assert torch.equal(several[:, 1] - several[:, 0], torch.full_like(several[:, 0], height * width))
-
-
-def test_contrast_changes_within_images_and_between_them() -> None:
-    contrast = local_contrast(500, (24, 32), torch.Generator().manual_seed(0)).log()
-    assert contrast.shape == (500, 1, 24, 32)
-    assert contrast.mean((2, 3)).std() > 0.4
-    assert contrast.std((2, 3)).mean() > 0.4
-    assert (contrast[..., 1:] - contrast[..., :-1]).std() < 0.3 * contrast.std()  # smooth
 
 
 def test_white_noise_has_no_other_spectrum() -> None:

@@ -5,7 +5,7 @@ Refined without Q, they join the pool that Q learns from.
 
 from adadfq_plugin.game.generator import GeneratorPlayer
 from adadfq_plugin.game.pace import Pace, Plan, make_plan
-from adadfq_plugin.game.pool import ReplayPool, augment, mixed, moved
+from adadfq_plugin.game.pool import ReplayPool, augment, mixed
 from adadfq_plugin.game.quantized import QuantizedPlayer
 
 __all__ = [
@@ -17,5 +17,4 @@ __all__ = [
     "augment",
     "make_plan",
     "mixed",
-    "moved",
 ]

@@ -6,7 +6,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +19,8 @@ from adadfq_plugin.functional import (
     normalized_information,
 )
 from adadfq_plugin.game.pace import Pace
-from adadfq_plugin.game.pool import augment, moved
-from adadfq_plugin.generators import Generator, coloured, local_contrast, natural_noise, whitened
+from adadfq_plugin.game.pool import augment
+from adadfq_plugin.generators import Generator, coloured, natural_noise, whitened
 from adadfq_plugin.priors import BNStatistics, choose_priors
 from adadfq_plugin.teacher import Teacher
 
@@ -35,23 +34,9 @@ PLAYING = 0.2
 """Learning rate at the end of the warm-up and during the game, as a share of the initial one."""
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """One way of refining a batch of images.
-
-    Args:
-        fall: exponent of the spectrum whose coefficients move: 1 of photographs, 0 for pixels.
-        uneven: whether the contrast is to change over the images.
-        view: what P is shown of the images at each step.
-    """
-
-    fall: float
-    uneven: bool
-    view: Callable[[Tensor, torch.Generator], Tensor]
-
-
-RECIPES = tuple(Recipe(*each) for each in itertools.product((1.0, 0.0), (False, True), (augment, moved)))
-"""Batches take turns: images of one kind have the faults of their kind, and Q fits these."""
+FALLS = 1.0, 0.0
+"""Exponents of the spectrum whose coefficients are refined: 1 of photographs, 0 for pixels. Batches take turns: images
+of one kind have the faults of their kind, and Q fits these."""
 
 
 class GeneratorPlayer:
@@ -86,7 +71,7 @@ class GeneratorPlayer:
         if teacher.channels_last:
             self.generator.to(memory_format=torch.channels_last)
         self.parameters = list(self.generator.parameters())
-        self._recipes = itertools.cycle(RECIPES)
+        self._falls = itertools.cycle(FALLS)
         self.skipped = 0
         """Updates left out, for their gradients were not finite."""
         self.optimizer = torch.optim.Adam(
@@ -142,7 +127,7 @@ class GeneratorPlayer:
     ) -> tuple[Tensor, Mapping[str, float]]:
         """The images themselves go down the prior's loss and a little of the labels': a short training of G lacks it.
 
-        Each batch goes another way, see :data:`RECIPES`.
+        Every other batch moves in pixels, the others in the spectrum of photographs.
 
         Args:
             prior: the prior's loss over P's forward pass.
@@ -153,15 +138,13 @@ class GeneratorPlayer:
         Returns:
             the images, valid pixels still, and the figures of the last step.
         """
-        recipe, facts = next(self._recipes), self.teacher.facts
+        fall, facts = next(self._falls), self.teacher.facts
         if pace.total == 0:
             return images.detach(), {}
-        white = whitened(facts.to_standard(images.detach()), recipe.fall).requires_grad_(True)
-        shape = len(images), self.generator.size
-        contrast = local_contrast(*shape, self._rng).to(images) if recipe.uneven else 1.0
+        white = whitened(facts.to_standard(images.detach()), fall).requires_grad_(True)
 
         def seen() -> Tensor:
-            return facts.from_standard(contrast * coloured(white, recipe.fall))
+            return facts.from_standard(coloured(white, fall))
 
         figures: dict[str, float] = {}
         reach = facts.to_standard(self.generator.highest) - facts.to_standard(self.generator.lowest)
@@ -172,9 +155,7 @@ class GeneratorPlayer:
             optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * pace.fraction))
             pixels = seen()
             valid = pixels + (self.generator.clip(pixels) - pixels).detach()  # clipped ones may come back
-            loss, figures = self._recognised(
-                prior, self.teacher(recipe.view(valid, self._rng)), target, LABEL
-            )
+            loss, figures = self._recognised(prior, self.teacher(augment(valid, self._rng)), target, LABEL)
             (white.grad,) = torch.autograd.grad(loss, white)
             optimizer.step()
         return self.generator.clip(seen().detach()), figures

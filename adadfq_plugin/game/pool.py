@@ -6,12 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["ReplayPool", "augment", "mixed", "moved"]
+__all__ = ["ReplayPool", "augment", "mixed"]
 
 SMALLEST_VIEW = 0.6
 """Least share of an image's side that a view of it shows."""
-FARTHEST = 0.25
-"""How far an image is moved at most, in sides."""
 
 
 def augment(images: Tensor, rng: torch.Generator) -> Tensor:
@@ -32,29 +30,6 @@ def augment(images: Tensor, rng: torch.Generator) -> Tensor:
     theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = share * flip, share, place
     grid = F.affine_grid(theta, list(images.shape), align_corners=False).to(images)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-
-
-def moved(images: Tensor, rng: torch.Generator) -> Tensor:
-    """Images at their own scale: each flipped or not, and moved; what leaves at one edge comes in at the other.
-
-    Args:
-        images: (N, C, H, W).
-        rng: source of randomness, on the CPU.
-
-    Returns:
-        images of the same shape.
-    """
-    count, channels, *size = images.shape
-    flip = torch.rand(count, 1, generator=rng) < 0.5
-    places = []
-    for side in size:
-        most = int(FARTHEST * side)
-        by = torch.randint(-most, most + 1, (count, 1), generator=rng)
-        places.append((torch.arange(side) + by) % side)
-    rows, columns = places
-    columns = torch.where(flip, columns.flip(1), columns)
-    index = (rows[:, :, None] * size[1] + columns[:, None]).view(count, 1, -1).to(images.device)
-    return images.flatten(2).gather(2, index.expand(-1, channels, -1)).view(images.shape)
 
 
 def mixed(images: Tensor, share: float, rng: torch.Generator) -> Tensor:
