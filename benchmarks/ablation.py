@@ -36,7 +36,7 @@ import adadfq_plugin
 from adadfq_plugin.config import AdaDFQSettings, Scheme
 from adadfq_plugin.contracts import Outcome, Task
 from adadfq_plugin.functional import kl_divergence_loss, top1_accuracy
-from adadfq_plugin.game import generator
+from adadfq_plugin.game import augment, generator
 from adadfq_plugin.game.run import Run
 from adadfq_plugin.methods.adadfq import AdaDFQ
 
@@ -146,7 +146,7 @@ def method(cell: Cell, pools: Path) -> Iterator[None]:
         run.play(player if ingredient.group == "game" else None)
         return run.outcome(self.name)
 
-    view = generator.augment if ingredient.parts else lambda images, rng: images
+    view = augment if ingredient.parts else lambda images, rng: images
     with (
         mock.patch.object(generator, "FALLS", ingredient.falls or generator.FALLS),
         mock.patch.object(generator, "augment", view),
