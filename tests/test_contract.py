@@ -106,7 +106,7 @@ def test_what_lacks_a_part_is_refused_by_name(name: str) -> None:
 
 @pytest.mark.parametrize("bits", [8, 6, 4, 3, 2])
 def test_convert_gives_what_was_calibrated(backend: Backend, network: str, bits: int) -> None:
-    model, batch = prepared(backend, network, bits), models.images(128)
+    model, batch = prepared(backend, network, bits), models.images(256)
     opened = backend.open(model)
     assert opened.lowest_bits == bits
     models.observed(opened, batch)
@@ -123,7 +123,7 @@ def test_convert_gives_what_was_calibrated(backend: Backend, network: str, bits:
     assert (fake - converted).abs().mean() <= 0.05 * fake.std()
     assert (fake.argmax(1) == converted.argmax(1)).float().mean() >= 0.98
     exact = NETWORKS[network]()(batch)
-    assert (fake - exact).abs().mean() <= {8: 0.1, 6: 0.2, 4: 0.6, 3: 1.0, 2: 2.0}[bits] * exact.std()
+    assert (fake - exact).abs().mean() <= {8: 0.1, 6: 0.2, 4: 0.5, 3: 1.0, 2: 2.0}[bits] * exact.std()
 
 
 def test_no_weight_is_left_midway_between_two_levels(backend: Backend) -> None:
