@@ -195,6 +195,11 @@ def teacher(model: nn.Module | None = None) -> Teacher:
     return make_teacher(model, find_facts(model, input_size=SIZE, mean=(0.5,) * 3, std=(0.25,) * 3))
 
 
+def told(opened: Prepared) -> list[str]:
+    """The notes that are the same on every CPU."""
+    return [note for note in opened.notes if "7-bit weights" not in note]
+
+
 def observed(opened: Prepared, batch: Tensor, how: str = "mse") -> None:
     """Sets the ranges on a batch."""
     with torch.no_grad(), opened.phase(Phase.OBSERVE):

@@ -126,7 +126,8 @@ def test_observers_of_prepare_fx_keep_their_levels(bits: int) -> None:
     batch = models.images(128)
     models.observed(opened, batch)
     opened.commit()
-    converted = convert_fx(prepared.eval())(batch)
+    network = convert_fx(prepared.eval())
+    converted = network(batch)
     # the same observers as fake quantizers are the reference
     twin = prepare_qat_fx(models.trained().train(), users_mapping(bits), EXAMPLE)
     fold_batch_norm(twin)
@@ -135,6 +136,32 @@ def test_observers_of_prepare_fx_keep_their_levels(bits: int) -> None:
         reference = twin.apply(torch.ao.quantization.enable_fake_quant)(batch)
     exact = models.trained()(batch)
     assert (converted - exact).abs().mean() <= 1.1 * (reference - exact).abs().mean()
+    narrow = bits == 8 and any("7-bit weights" in note for note in opened.notes)
+    assert levels_of_weights(network) == {(-64, 63) if narrow else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)}
+
+
+def levels_of_weights(converted: nn.Module) -> set[tuple[int, int]]:
+    """The least and the largest level of each integer layer's weight."""
+    weights = [module.weight() for module in converted.modules() if callable(getattr(module, "weight", None))]
+    return {(int(levels.min()), int(levels.max())) for levels in (weight.int_repr() for weight in weights)}
+
+
+@pytest.mark.parametrize("engine", ["x86", "fbgemm", "onednn"])
+def test_without_vnni_observed_weights_are_narrowed(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of single layers and of those that torch.ao has fused with their activation."""
+    if engine not in torch.backends.quantized.supported_engines:
+        pytest.skip(f"no {engine} in this build of torch")
+    monkeypatch.setattr(prepared_module, "has_vnni", lambda: False)
+    with using_engine(engine):
+        opened = FXBackend().open(prepare_fx(models.trained(), users_mapping(8, observers=True), EXAMPLE))
+        batch = models.images(128)
+        models.observed(opened, batch)
+        converted = opened.convert()
+        with torch.no_grad():
+            exact = models.trained()(batch)
+            assert (converted(batch) - exact).abs().mean() <= 0.02 * exact.std()
+    assert [note for note in opened.notes if note.startswith("4 layers have 7-bit weights")]
+    assert levels_of_weights(converted) == {(-64, 63)}
 
 
 def test_channels_with_gamma_zero_convert() -> None:

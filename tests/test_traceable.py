@@ -306,7 +306,7 @@ def fake_and_converted(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor
     models.observed(opened, images)
     with torch.no_grad(), opened.phase(Phase.EVALUATE):
         fake = opened.module(images)
-    return fake, outputs(opened.convert(), images), opened.notes
+    return fake, outputs(opened.convert(), images), models.told(opened)
 
 
 def test_torch_ao_fuses_batch_norm_and_activation() -> None:
@@ -617,7 +617,7 @@ def test_the_class_token_is_joined_in_float(seed: int) -> None:
     torch.manual_seed(seed)
     model, images = timm.create_model("test_vit", num_classes=10).eval(), torch.randn(4, 3, 160, 160)
     prepared = adadfq_plugin.prepare(model, 160, scheme=Scheme(engine="x86"))
-    assert FXBackend().open(prepared).notes == [
+    assert models.told(FXBackend().open(prepared)) == [
         "27 calls stay in float: a stream of sums that LayerNorm reads"
     ]
     settings = {"samples": 4, "batch_size": 2, "steps": 2}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
+from torch.ao.nn.intrinsic.modules.fused import _FusedModule
 from torch.ao.quantization import QConfig
 from torch.ao.quantization.observer import ObserverBase, PlaceholderObserver
 from torch.fx import GraphModule, Node
@@ -15,7 +17,15 @@ from torch.fx import GraphModule, Node
 from adadfq_plugin.backends.fx.fake_quantize import LearnedFakeQuantize
 from adadfq_plugin.backends.fx.graphs import INTEGER, called, module_of, prepared_attributes, quantizer_nodes
 
-__all__ = ["ADAPTIVE_AVERAGES", "POOLINGS", "average_channels_last", "saturate_activations", "settle_weights"]
+__all__ = [
+    "ADAPTIVE_AVERAGES",
+    "POOLINGS",
+    "average_channels_last",
+    "narrow_observed_weight",
+    "saturate_activations",
+    "settle_weights",
+    "weighted",
+]
 
 WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.ConvTranspose1d, nn.ConvTranspose2d)
 ADAPTIVE_AVERAGES = (
@@ -27,34 +37,71 @@ ADAPTIVE_AVERAGES = (
 POOLINGS = (*ADAPTIVE_AVERAGES, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.functional.avg_pool2d)
 
 
-def _constant(quantizer: LearnedFakeQuantize) -> LearnedFakeQuantize:
-    return copy.deepcopy(quantizer)
-
-
 def settle_weights(model: GraphModule, trainable: bool) -> None:
     """Weights beyond the last level: torch.ao's integer type would give them levels of their own. Ties: see settled."""
-    for module in model.modules():
+    layers = list(model.modules())
+    fused = {weighted(layer) for layer in layers if weighted(layer) is not layer}
+    for layer in layers:
+        module = weighted(layer)
         quantizer = getattr(module, "weight_fake_quant", None)
+        if not trainable and layer not in fused:
+            quantizer = _observed_weight(layer)
         weight = getattr(module, "weight", None)
-        if not trainable and isinstance(module, WEIGHTED) and getattr(module, "qconfig", None):
-            quantizer = _observed_weight(module)
         if isinstance(quantizer, LearnedFakeQuantize) and isinstance(weight, nn.Parameter):
             weight.data.copy_(quantizer.settled(weight))
 
 
-def _observed_weight(module: nn.Module) -> LearnedFakeQuantize | None:
+def weighted(layer: nn.Module | None) -> nn.Module | None:
+    """The layer that has the weight: within what torch.ao has fused with an activation for its own observers."""
+    fused = isinstance(layer, _FusedModule) and not isinstance(layer, WEIGHTED)
+    return layer[0] if fused else layer  # type: ignore[index]
+
+
+def narrow_observed_weight(layer: nn.Module | None, largest: int) -> bool:
+    """Levels up to ``largest`` for a weight that torch.ao's own observer would give more; whether it was so."""
+    make = _maker(layer)
+    if make is None:
+        return False
+    observer = make()
+    if max(-observer.quant_min, observer.quant_max) <= largest:
+        return False
+    _let_make(layer, functools.partial(_narrowed, make, largest))
+    return True
+
+
+def _narrowed(make: Callable[[], Any], largest: int) -> Any:
+    observer = make()
+    observer.quant_min, observer.quant_max = (
+        max(observer.quant_min, -largest),
+        min(observer.quant_max, largest - 1),
+    )
+    return observer
+
+
+def _observed_weight(layer: nn.Module) -> LearnedFakeQuantize | None:
     """Fixes the range that torch.ao's own observer of the weight chooses (``prepare_fx``)."""
-    qconfig = module.qconfig
-    observer = qconfig.weight()  # type: ignore[union-attr,operator]
-    if getattr(observer, "dtype", None) not in INTEGER:
+    make = _maker(layer)
+    if make is None:
         return None
-    observer(module.weight)
+    observer = make()
+    observer(weighted(layer).weight)  # type: ignore[union-attr]
     quantizer = LearnedFakeQuantize.like(observer)
-    scale, zero_point = observer.calculate_qparams()
-    quantizer.fix(scale, zero_point)
-    fixed = QConfig(activation=qconfig.activation, weight=functools.partial(_constant, quantizer))  # type: ignore[union-attr]
-    module.qconfig = fixed  # type: ignore[assignment]
+    quantizer.fix(*observer.calculate_qparams())
+    _let_make(layer, functools.partial(copy.deepcopy, quantizer))
     return quantizer
+
+
+def _maker(layer: nn.Module | None) -> Callable[[], Any] | None:
+    """What makes the observer of a layer's integer weight, where it has one of torch.ao's own."""
+    qconfig = getattr(layer, "qconfig", None)
+    if qconfig is None or not isinstance(weighted(layer), WEIGHTED):
+        return None
+    return qconfig.weight if getattr(qconfig.weight(), "dtype", None) in INTEGER else None
+
+
+def _let_make(layer: nn.Module | None, make: Callable[[], Any]) -> None:
+    assert layer is not None
+    layer.qconfig = QConfig(activation=layer.qconfig.activation, weight=make)  # type: ignore[assignment,union-attr]
 
 
 def _limits(module: nn.Module) -> tuple[float, float] | None:

@@ -6,7 +6,7 @@ import copy
 import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,10 @@ from adadfq_plugin.backends.fx.fake_quantize import LearnedFakeQuantize
 from adadfq_plugin.backends.fx.finishing import (
     POOLINGS,
     average_channels_last,
+    narrow_observed_weight,
     saturate_activations,
     settle_weights,
+    weighted,
 )
 from adadfq_plugin.backends.fx.folding import float_copy, fold_batch_norm, number_padding, separate_calls
 from adadfq_plugin.backends.fx.graphs import (
@@ -88,9 +90,9 @@ class FXPrepared:
             absorb_clamps(self.module)
             self.lowest_bits = min((quantizer.bits for quantizer in self._quantizers()), default=8)
             self._widen_boundary()
-            self._fit_kernels()
             self._mark_averages()
             self._note_rounded_terms()
+        self._fit_kernels()
         self._refuse_nothing_quantized()
 
     # -- what was prepared -------------------------------------------------------------------------
@@ -129,29 +131,36 @@ class FXPrepared:
 
         The weights give way, not the activations: they are per channel, and need no clamp in the kernel.
         """
-        vnni, narrowed = has_vnni(), 0
-        # a saved model is packed for the reader's engine, which is x86 unless told otherwise
-        engines = {self.engine, "x86"} if self.engine in GROUPS else {self.engine}
-        for node in quantizer_nodes(self.module):
-            quantizer = self._quantizer_of(node)
-            if quantizer is None or quantizer.dtype != torch.quint8:
-                continue
-            for user in node.users:
-                weight = self._weight_quantizer(user)
-                groups = (
-                    int(getattr(self.module.get_submodule(str(user.target)), "groups", 1)) if weight else 1
-                )
-                if weight is None or not any(adds_in_16_bits(engine, vnni, groups) for engine in engines):
-                    continue
-                limit = largest_weight(quantizer.quant_max)
-                if max(-weight.quant_min, weight.quant_max) > limit:
-                    weight.set_levels(max(weight.quant_min, -limit), min(weight.quant_max, limit - 1))
-                    narrowed += 1
+        narrowed = 0
+        for node, limit in self._added_in_16_bits():
+            weight = self._weight_quantizer(node)
+            if weight is None:  # of torch.ao's own observers, which come with the conversion
+                narrowed += narrow_observed_weight(module_of(self.module, node), limit)
+            elif max(-weight.quant_min, weight.quant_max) > limit:
+                weight.set_levels(max(weight.quant_min, -limit), min(weight.quant_max, limit - 1))
+                narrowed += 1
         if narrowed:
             self.notes.append(
-                f"{narrowed} layers have 7-bit weights: kernels of this CPU ({', '.join(sorted(engines))}) "
+                f"{narrowed} layers have 7-bit weights: kernels of this CPU ({', '.join(sorted(self._engines))}) "
                 "overflow on 8"
             )
+
+    @property
+    def _engines(self) -> set[str]:
+        """Where the network will run: a saved model is packed for the reader's engine, x86 unless told otherwise."""
+        return {self.engine, "x86"} if self.engine in GROUPS else {self.engine}
+
+    def _added_in_16_bits(self) -> Iterator[tuple[Node, int]]:
+        """Calls of layers whose kernel adds pairs of products in 16 bits, with the largest weight that fits."""
+        vnni = has_vnni()
+        for node in quantizer_nodes(self.module):
+            quantizer: Any = module_of(self.module, node)
+            if quantizer.dtype != torch.quint8:
+                continue
+            for user in node.users:
+                groups = int(getattr(weighted(module_of(self.module, user)), "groups", 1))
+                if any(adds_in_16_bits(engine, vnni, groups) for engine in self._engines):
+                    yield user, largest_weight(quantizer.quant_max)
 
     def _mark_averages(self) -> None:
         for node in quantizer_nodes(self.module):
