@@ -21,6 +21,7 @@ from adadfq_plugin import api, choice
 from adadfq_plugin.config import Scheme
 from adadfq_plugin.contracts import Backend, Phase, Prepared
 from adadfq_plugin.errors import DataError, ModelError
+from adadfq_plugin.game.biases import SteadyMeans
 from adadfq_plugin.game.rounding import round_weights
 from adadfq_plugin.priors import batch_norms
 from adadfq_plugin.teacher import multiply_adds
@@ -361,6 +362,50 @@ def test_rounding_leaves_alone_what_it_knows_nothing_of(backend: Backend) -> Non
     opened.module.load_state_dict(cast(Any, before["tensors"]))
     assert round_weights(opened, opened.reference(), batch, *arguments, seconds=-1) == 4
     assert models.same(before, models.state(opened.module))
+
+
+def test_biases_take_up_what_flipping_weights_do_to_means(backend: Backend, network: str) -> None:
+    """All weights of the head lie just below the middle between two levels, then just above it."""
+    opened, batch = backend.open(prepared(backend, network, 4)), models.images(128)
+    models.observed(opened, batch)
+    place, weight = [(i, each) for i, each in enumerate(opened.weights()) if each.ndim == 2][-1]
+    unit = opened.weight_units()[place]
+    with torch.no_grad():
+        weight.copy_(((weight / unit).clamp(-6, 5).floor() + 0.499) * unit)
+        with opened.phase(Phase.EVALUATE):
+            means = SteadyMeans(opened, batch)
+        before = logits(opened, Phase.EVALUATE, batch)
+        weight.add_(0.002 * unit)
+        flipped = logits(opened, Phase.EVALUATE, batch)
+        means.follow()
+        steady = logits(opened, Phase.EVALUATE, batch)
+        means.follow()
+    assert torch.equal(logits(opened, Phase.EVALUATE, batch), steady)  # nothing has been changed since
+    moved = (flipped - before).mean(0).abs()
+    assert moved.mean() > 0.5 * before.std()
+    assert (steady - before).mean(0).abs().mean() < 0.1 * moved.mean()
+
+
+def test_biases_without_a_say_stay(backend: Backend) -> None:
+    """Frozen ones, and all of them where the inputs' means are no numbers."""
+    opened, batch = backend.open(prepared(backend, "residual", 4)), models.images(16)
+    models.observed(opened, batch)
+    spoilt = batch.clone()
+    spoilt[0, 0, 0, 0] = torch.nan
+    biases = [each for each in opened.weights() if each.ndim == 1]
+    biases[0].requires_grad_(False)
+    before = [each.clone() for each in biases]
+    for images, followed in ((spoilt, 0), (batch, len(biases) - 1)):
+        with torch.no_grad(), opened.phase(Phase.EVALUATE):
+            means = SteadyMeans(opened, images)
+            for weight in opened.weights():
+                weight.mul_(0.9)
+            for bias, old in zip(biases, before, strict=True):
+                bias.copy_(old)
+            means.follow()
+        moved = [not torch.equal(bias, old) for bias, old in zip(biases, before, strict=True)]
+        assert sum(moved) == followed
+        assert not moved[0]
 
 
 def test_channels_with_gamma_zero_convert(backend: Backend) -> None:

@@ -171,6 +171,12 @@ class TestTwins:
         )
         assert error < 0.9 * plain
 
+    @pytest.mark.parametrize(("groups", "kernel"), [(1, ()), (2, (3, 3)), (6, (5,))])
+    def test_rounding_shift(self, rng: np.random.Generator, groups: int, kernel: tuple[int, ...]) -> None:
+        weight, means = rng.normal(size=(6, 4, *kernel)), rng.normal(size=(groups, 4))
+        ours = functional.rounding_shift(t(weight), t(weight.round()), t(means)).numpy()
+        assert ours == approx(twins.rounding_shift(weight, weight.round(), means))
+
     def test_metrics(self, z_p: Array, z_q: Array, hard: npt.NDArray[np.int64]) -> None:
         z_q[:3] = z_p[:3] + 0.01
         assert functional.top1_accuracy(t(z_p), t(hard)) == twins.top1_accuracy(z_p, hard)
@@ -530,6 +536,14 @@ def rounded(**changes: Any) -> Tensor:
 
 
 MISUSE: list[tuple[str, Callable[[], object], str]] = [
+    (
+        "shift_shapes",
+        lambda: functional.rounding_shift(Z, Z[:2], Z),
+        r"one shape .* got \(4, 3\) and \(2, 3\)",
+    ),
+    ("shift_vector", lambda: functional.rounding_shift(V[0], V[0], Z), r"one shape \(outputs, inputs"),
+    ("shift_inputs", lambda: functional.rounding_shift(Z, Z, Z[:1, :2]), r"means .* \(groups, 3\)"),
+    ("shift_groups", lambda: functional.rounding_shift(Z, Z, Z[:3]), r"groups of 4; got \(3, 3\)"),
     ("z_p_vector", lambda: functional.disagreement_loss(Z[0], Z[0], Y), r"z_p must have the shape \(N, C\)"),
     ("z_p_empty", lambda: functional.agreement_loss(Z[:0], Z[:0], Y[:0]), r"z_p .* N >= 1"),
     ("z_p_one_class", lambda: functional.disagreement_information(Z[:, :1], Z[:, :1]), r"z_p .* C >= 2"),

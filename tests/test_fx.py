@@ -142,8 +142,9 @@ def test_observers_of_prepare_fx_keep_their_levels(bits: int) -> None:
 
 def levels_of_weights(converted: nn.Module) -> set[tuple[int, int]]:
     """The least and the largest level of each integer layer's weight."""
-    weights = [module.weight() for module in converted.modules() if callable(getattr(module, "weight", None))]
-    return {(int(levels.min()), int(levels.max())) for levels in (weight.int_repr() for weight in weights)}
+    layers: list[Any] = [each for each in converted.modules() if callable(getattr(each, "weight", None))]
+    levels: list[Tensor] = [layer.weight().int_repr() for layer in layers]
+    return {(int(each.min()), int(each.max())) for each in levels}
 
 
 @pytest.mark.parametrize("engine", ["x86", "fbgemm", "onednn"])

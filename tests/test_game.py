@@ -18,7 +18,7 @@ from adadfq_plugin.config import AdaDFQSettings, GeneratorSettings, Settings
 from adadfq_plugin.contracts import Phase, Task
 from adadfq_plugin.errors import ModelError
 from adadfq_plugin.facts import Facts, find_facts
-from adadfq_plugin.game import GeneratorPlayer, Pace, ReplayPool, augment, make_plan, mixed, rounding
+from adadfq_plugin.game import GeneratorPlayer, Pace, ReplayPool, augment, layers, make_plan, mixed, rounding
 from adadfq_plugin.game.best import BestState
 from adadfq_plugin.game.quantized import QuantizedPlayer, in_pieces
 from adadfq_plugin.game.run import Run
@@ -544,7 +544,7 @@ def test_a_layers_inputs_are_what_its_outputs_are_products_of(
     torch.manual_seed(0)
     x, weight = torch.randn(shape), torch.randn(kernel)
     output = function(x, weight, *rest)
-    call = rounding._Call(function, function.__name__.partition(".")[0], (x, weight, *rest), {})
+    call = layers.Call(function, function.__name__.partition(".")[0], (x, weight, *rest), {})
     rows = torch.cat(list(call.inputs(torch.Generator().manual_seed(0))), 1)
     found = rows @ weight.reshape(call.groups, kernel[0] // call.groups, -1).mT  # (groups, places, outputs)
     torch.testing.assert_close(found.mean(1).flatten(), call.spread(output)[1])
@@ -555,7 +555,7 @@ def test_a_layers_inputs_are_what_its_outputs_are_products_of(
 def test_a_bias_follows_a_shift_of_the_inputs_no_farther_than_it_is_believed() -> None:
     torch.manual_seed(0)
     x, weight, bias = torch.randn(64, 6), torch.randn(3, 6), nn.Parameter(torch.zeros(3))
-    call = rounding._Call(F.linear, "linear", (x, weight, bias), {})
+    call = layers.Call(F.linear, "linear", (x, weight, bias), {})
     quantized = weight + torch.tensor([0.5, 0.0, 0.0]).unsqueeze(1)
     layer: Any = SimpleNamespace(weight=weight, quantizer=lambda _: quantized)
     deviation, mean = call.spread(call.result())

@@ -162,6 +162,16 @@ def head_similarity(attention: Array) -> Array:
     return np.array(result)
 
 
+def rounding_shift(weight: Array, rounded: Array, means: Array) -> Array:
+    size = len(weight) // len(means)
+    return np.array(
+        [
+            sum((rounded[o, i] - weight[o, i]).sum() * means[o // size, i] for i in range(weight.shape[1]))
+            for o in range(len(weight))
+        ]
+    )
+
+
 def compensated_weights(
     weight: Array, step: Array, lower: Array, upper: Array, moments: Array, damping: float
 ) -> Array:

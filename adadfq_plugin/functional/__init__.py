@@ -25,7 +25,7 @@ from adadfq_plugin.functional.images import (
     total_variation,
 )
 from adadfq_plugin.functional.metrics import sqnr_db, top1_accuracy, top1_agreement
-from adadfq_plugin.functional.rounding import compensated_weights
+from adadfq_plugin.functional.rounding import compensated_weights, rounding_shift
 
 __all__ = [
     "agreement_loss",
@@ -43,6 +43,7 @@ __all__ = [
     "normalized_information",
     "patch_similarity_entropy",
     "quantized_loss",
+    "rounding_shift",
     "sqnr_db",
     "squared_norm",
     "top1_accuracy",

@@ -1,4 +1,4 @@
-r"""Which level a weight takes: rounding that makes up for its own errors."""
+r"""Which level a weight takes: rounding that makes up for its own errors, and what rounding does to means."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adadfq_plugin.functional._checks import shape_of
 
-__all__ = ["compensated_weights"]
+__all__ = ["compensated_weights", "rounding_shift"]
 
 _BLOCK = 128
 """Columns after which the errors are carried over to all that follow."""
@@ -82,6 +82,45 @@ def compensated_weights(
         w[:, end:] -= factor[:, start:end, end:].mT @ errors
     back = order.argsort(1).unsqueeze(2).expand(-1, -1, outputs)
     return found.gather(1, back).mT.to(weight.dtype)
+
+
+def rounding_shift(weight: Tensor, rounded: Tensor, means: Tensor) -> Tensor:
+    r"""What rounding a layer's weight adds to the mean of its outputs, apart from the edges of padded images.
+
+    .. math:: \Delta_o = \sum_{i, k} (\hat w_{oik} - w_{oik}) \, \mu_{g(o), i}
+
+    Args:
+        weight: w, shape (outputs, inputs of a group, ...), the rest being the kernel's places k.
+        rounded: :math:`\hat w`, in the same shape.
+        means: :math:`\mu`, the mean of each input, shape (groups, inputs of a group); the outputs fall into as many
+            groups :math:`g(o)`, one after the other.
+
+    Returns:
+        The shifts in the outputs' unit, shape (outputs,).
+
+    Raises:
+        ValueError: Shapes that don't fit.
+
+    Example:
+        >>> import torch
+        >>> rounding_shift(torch.tensor([[0.4, 1.3]]), torch.tensor([[0.0, 1.0]]), torch.tensor([[10.0, 20.0]]))
+        tensor([-10.])
+
+    Source: Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019,
+    arXiv 1906.04721, equation 13.
+    """
+    if weight.ndim < 2 or weight.shape != rounded.shape:
+        raise ValueError(
+            f"weight and rounded must have one shape (outputs, inputs, ...); got {shape_of(weight)} and "
+            f"{shape_of(rounded)}"
+        )
+    outputs, inputs = weight.shape[:2]
+    if means.ndim != 2 or means.shape[1] != inputs or outputs % len(means):
+        raise ValueError(
+            f"means must have the shape (groups, {inputs}), groups of {outputs}; got {shape_of(means)}"
+        )
+    errors = (rounded - weight).flatten(2).sum(2) if weight.ndim > 2 else rounded - weight
+    return (errors.view(len(means), -1, inputs) * means.unsqueeze(1)).sum(2).flatten()
 
 
 def _checked(

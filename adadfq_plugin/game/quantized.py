@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from adadfq_plugin.config import Settings
 from adadfq_plugin.contracts import Phase, Prepared
 from adadfq_plugin.functional import feature_loss, kl_divergence_loss, quantized_loss
+from adadfq_plugin.game.biases import SteadyMeans
 from adadfq_plugin.game.pace import BATCH, Pace
 from adadfq_plugin.teacher import Teacher
 
@@ -85,6 +86,7 @@ class QuantizedPlayer:
         pace: the phase that the schedule follows.
         reference: Q before its weights were changed, whose activations Q's are to match; None: as it is now.
         images: how many come in a step.
+        means: what keeps the outputs' means where the weights put them; None: nothing does.
     """
 
     def __init__(
@@ -95,10 +97,12 @@ class QuantizedPlayer:
         pace: Pace,
         reference: Prepared | None = None,
         images: int = BATCH,
+        means: SteadyMeans | None = None,
     ) -> None:
         self.prepared, self.teacher, self.settings, self.pace = prepared, teacher, settings, pace
         self.feature_weight = feature_weight(settings, prepared.lowest_bits)
         self._reference = (reference or prepared.reference()) if self.feature_weight else None
+        self._means = means
         self._teaches: bool | None = None
         self._of_p: Mapping[str, Tensor] = {}
         self._of_q: Mapping[str, Tensor] = {}
@@ -210,6 +214,8 @@ class QuantizedPlayer:
             for parameter, old, unit in zip(self.parameters, before, self._units, strict=False):
                 parameter.copy_(torch.addcmul(old, parameter - old, unit))
         self.optimizer.zero_grad(set_to_none=True)
+        if self._means is not None:
+            self._means.follow()
 
     def _decay(self) -> float:
         fraction = self.pace.fraction

@@ -14,6 +14,7 @@ from adadfq_plugin.config import AdaDFQSettings, GeneratorSettings
 from adadfq_plugin.contracts import Outcome, Phase, Prepared, Task
 from adadfq_plugin.dataset import SyntheticDataset
 from adadfq_plugin.game.best import BestState
+from adadfq_plugin.game.biases import SteadyMeans
 from adadfq_plugin.game.generator import GeneratorPlayer
 from adadfq_plugin.game.pace import KEPT_OUT, Pace, make_plan
 from adadfq_plugin.game.pool import ReplayPool, augment, mixed
@@ -27,6 +28,8 @@ ROUNDED = 64
 """Large images that the weights are rounded by: all of them go through the network at once."""
 ROUNDING = 0.1
 """Share of the user's minutes after which no further layer's weights are rounded."""
+MEANS = 32
+"""Images that tell the means of the layers' inputs."""
 PIECE = 4
 """Large images of which Q's graph is kept at a time, half of them beside P's: faster than more or fewer at a time."""
 
@@ -187,7 +190,13 @@ class Run:
         pace = self.plan.pace("game", spent=self.seconds.get("rounding", 0.0))
         task = self.task
         learner = QuantizedPlayer(
-            task.prepared, task.teacher, task.settings, pace, self._reference, self.plan.batch_size
+            task.prepared,
+            task.teacher,
+            task.settings,
+            pace,
+            self._reference,
+            self.plan.batch_size,
+            self._means(),
         )
         with self._timed("game"), learner.learning(), self._judged(learner, pace) as judge:
             for step in pace:
@@ -203,6 +212,14 @@ class Run:
                 self.notes.append(
                     f"{skipped} updates of {name} were left out: their gradients were not finite"
                 )
+
+    def _means(self) -> SteadyMeans | None:
+        prepared = self.task.prepared
+        if not self.task.settings.bias_correction:
+            return None
+        images, _ = self.pool.draw(MEANS)
+        with prepared.phase(Phase.EVALUATE):
+            return SteadyMeans(prepared, self._shown(images))
 
     def _best(self, parameters: Sequence[nn.Parameter]) -> BestState:
         task = self.task
