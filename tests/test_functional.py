@@ -278,6 +278,7 @@ def gradient_cases() -> dict[str, tuple[Callable[..., Tensor], list[tuple[int, .
             [(2, 4, 3)],
         ),
         "head_similarity": (functional.head_similarity, [(2, 3, 2, 4)]),
+        "rounding_shift": (functional.rounding_shift, [(4, 3, 2), (4, 3, 2), (2, 3)]),
     }
 
 
