@@ -103,8 +103,8 @@ def rounding_shift(weight: Tensor, rounded: Tensor, means: Tensor) -> Tensor:
 
     Example:
         >>> import torch
-        >>> rounding_shift(torch.tensor([[0.4, 1.3]]), torch.tensor([[0.0, 1.0]]), torch.tensor([[10.0, 20.0]]))
-        tensor([-10.])
+        >>> rounding_shift(torch.tensor([[0.25, 1.25]]), torch.tensor([[0.0, 1.0]]), torch.tensor([[8.0, 16.0]]))
+        tensor([-6.])
 
     Source: Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019,
     arXiv 1906.04721, equation 13.
