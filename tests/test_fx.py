@@ -21,7 +21,12 @@ from torch.ao.quantization import (
 from torch.ao.quantization.backend_config import BackendConfig
 from torch.ao.quantization.fake_quantize import FakeQuantize
 from torch.ao.quantization.fx.custom_config import PrepareCustomConfig
-from torch.ao.quantization.observer import MinMaxObserver, NoopObserver, PerChannelMinMaxObserver
+from torch.ao.quantization.observer import (
+    MinMaxObserver,
+    NoopObserver,
+    PerChannelMinMaxObserver,
+    default_dynamic_quant_observer,
+)
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx, prepare_qat_fx
 
 import adadfq_plugin
@@ -293,6 +298,21 @@ def test_without_vnni_weights_are_narrowed(engine: str, monkeypatch: pytest.Monk
     else:
         assert levels == {-64}
         assert "4 layers have 7-bit weights" in notes[0]
+
+
+@pytest.mark.parametrize(
+    "observer", [NoopObserver.with_args(dtype=torch.quint8), default_dynamic_quant_observer]
+)
+def test_observers_without_levels_overflow_nothing(observer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the head alone; the convolutions have levels."""
+    monkeypatch.setattr(prepared_module, "has_vnni", lambda: False)
+    mapping = users_mapping(8, observers=True)
+    mapping.set_object_type(
+        nn.Linear, QConfig(observer, PerChannelMinMaxObserver.with_args(dtype=torch.qint8))
+    )
+    with using_engine("x86"):
+        opened = FXBackend().open(prepare_fx(models.trained(), mapping, EXAMPLE))
+    assert any(note.startswith("3 layers have 7-bit weights") for note in opened.notes)
 
 
 @pytest.mark.parametrize("activation", [3, 15, 63, 127, 255])

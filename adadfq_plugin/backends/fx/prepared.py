@@ -155,12 +155,13 @@ class FXPrepared:
         vnni = has_vnni()
         for node in quantizer_nodes(self.module):
             quantizer: Any = module_of(self.module, node)
-            if quantizer.dtype != torch.quint8:
+            highest = getattr(quantizer, "quant_max", None)  # observers that only note a dtype have none
+            if quantizer.dtype != torch.quint8 or getattr(quantizer, "is_dynamic", False) or highest is None:
                 continue
             for user in node.users:
                 groups = int(getattr(weighted(module_of(self.module, user)), "groups", 1))
                 if any(adds_in_16_bits(engine, vnni, groups) for engine in self._engines):
-                    yield user, largest_weight(quantizer.quant_max)
+                    yield user, largest_weight(highest)
 
     def _mark_averages(self) -> None:
         for node in quantizer_nodes(self.module):
