@@ -56,13 +56,16 @@ class SteadyMeans:
 
         def look(layer: Layer, call: Call) -> Tensor:
             bias = call.argument(2, "bias")
-            quantizer = layer.quantizer
-            by_output = not quantizer.per_channel or quantizer.ch_axis == 0
-            if isinstance(bias, nn.Parameter) and bias.requires_grad and by_output and bias not in known:
+            if (
+                isinstance(bias, nn.Parameter)
+                and bias.requires_grad
+                and layer.by_output
+                and bias not in known
+            ):
                 known.add(bias)
                 means = call.input_means().view(call.groups, -1)
                 if bool(means.isfinite().all()):
-                    self._layers.append(_Means(quantizer, layer.weight, bias, means))
+                    self._layers.append(_Means(layer.quantizer, layer.weight, bias, means))
             return call.result()
 
         with Layers(prepared.module, look).at_work():

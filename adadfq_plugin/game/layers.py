@@ -37,6 +37,11 @@ class Layer:
     quantized: weakref.ref[Tensor]
     """What became of the weight; an id alone may be somebody else's later."""
 
+    @property
+    def by_output(self) -> bool:
+        """Whether each output has one step size."""
+        return not self.quantizer.per_channel or self.quantizer.ch_axis == 0
+
 
 class Layers(TorchFunctionMode):
     """Lets somebody do the work of a network's quantized layers.

@@ -104,9 +104,7 @@ def _correct_bias(layer: Layer, call: Call, expected: Tensor, unrounded: tuple[T
 
 
 def _can_be_rounded(layer: Layer, call: Call) -> bool:
-    weight, quantizer = layer.weight, layer.quantizer
-    by_output = not quantizer.per_channel or quantizer.ch_axis == 0
-    return weight.requires_grad and by_output and weight[0].numel() <= WIDEST
+    return layer.weight.requires_grad and layer.by_output and layer.weight[0].numel() <= WIDEST
 
 
 def _round(layer: Layer, call: Call, rng: torch.Generator) -> bool:
