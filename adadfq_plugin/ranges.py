@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["SMALLEST_STEP", "affine", "largest_weight", "search_range"]
+__all__ = ["SMALLEST_STEP", "affine", "levels_that_fit", "search_range"]
 
 IN_CACHE = 2**18
 """Values searched at a time: the weights of a large layer take nine times as long in one piece."""
@@ -95,14 +95,24 @@ def _levels(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -
     return ((x / scale).round() + zero_point).clamp_(low, high).sub_(zero_point).mul_(scale)
 
 
-def largest_weight(largest_activation: int) -> int:
-    r"""The largest magnitude of a weight of which two products fit 16 bits: :math:`2\,a\,|w| \le 32767`.
+def levels_that_fit(low: int, high: int, largest_activation: int) -> tuple[int, int]:
+    r"""Levels of a weight of which two products fit 16 bits: :math:`2\,a\,|w| \le 32767`.
+
+    Kernels of CPUs without VNNI add pairs of products in 16 bits, and overflow silently.
 
     Args:
-        largest_activation: largest level a of the unsigned activations.
+        low: Lowest level of the weight.
+        high: Highest level of the weight.
+        largest_activation: Highest level a of the unsigned activations.
+
+    Returns:
+        ``low`` and ``high`` where they fit, else nearer ones.
 
     Example:
-        >>> largest_weight(255), largest_weight(15)
-        (64, 1092)
+        >>> levels_that_fit(-128, 127, 255), levels_that_fit(-128, 127, 15)
+        ((-64, 63), (-128, 127))
     """
-    return 32767 // (2 * largest_activation)
+    limit = 32767 // (2 * largest_activation)
+    if max(-low, high) <= limit:
+        return low, high
+    return max(low, -limit), min(high, limit - 1)

@@ -39,7 +39,7 @@ from adadfq_plugin.backends.fx.inference import as_inference
 from adadfq_plugin.config import Scheme
 from adadfq_plugin.contracts import Backend, Phase, Prepared
 from adadfq_plugin.errors import DataError, ModelError, SettingsError
-from adadfq_plugin.ranges import largest_weight
+from adadfq_plugin.ranges import levels_that_fit
 from adadfq_plugin.streams import readers
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -316,9 +316,12 @@ def test_observers_without_levels_overflow_nothing(observer: Any, monkeypatch: p
 
 
 @pytest.mark.parametrize("activation", [3, 15, 63, 127, 255])
-def test_largest_weight_never_overflows(activation: int) -> None:
-    assert 2 * activation * largest_weight(activation) <= 32767
-    assert 2 * activation * (largest_weight(activation) + 1) > 32767
+def test_levels_that_fit_never_overflow_and_are_the_widest(activation: int) -> None:
+    low, high = levels_that_fit(-(2**15), 2**15 - 1, activation)
+    assert (low, high) == (-high - 1, -low - 1)
+    assert 2 * activation * -low <= 32767 < 2 * activation * (-low + 1)
+    assert levels_that_fit(low, high, activation) == (low, high)
+    assert levels_that_fit(-4, 3, activation) == (-4, 3)
 
 
 def fake_and_converted(model: nn.Module) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 
 from adadfq_plugin.backends.fx.fake_quantize import LearnedFakeQuantize
 from adadfq_plugin.backends.fx.graphs import INTEGER, called, module_of, prepared_attributes, quantizer_nodes
+from adadfq_plugin.ranges import levels_that_fit
 
 __all__ = [
     "ADAPTIVE_AVERAGES",
@@ -57,24 +58,23 @@ def weighted(layer: nn.Module | None) -> nn.Module | None:
     return layer[0] if fused else layer  # type: ignore[index]
 
 
-def narrow_observed_weight(layer: nn.Module | None, largest: int) -> bool:
-    """Levels up to ``largest`` for a weight that torch.ao's own observer would give more; whether it was so."""
+def narrow_observed_weight(layer: nn.Module | None, largest_activation: int) -> bool:
+    """Levels that fit the kernel for a weight that torch.ao's own observer would give more; whether it was so."""
     make = _maker(layer)
     if make is None:
         return False
     observer = make()
-    if max(-observer.quant_min, observer.quant_max) <= largest:
+    levels = observer.quant_min, observer.quant_max
+    fitting = levels_that_fit(*levels, largest_activation)
+    if fitting == levels:
         return False
-    _let_make(layer, functools.partial(_narrowed, make, largest))
+    _let_make(layer, functools.partial(_with_levels, make, *fitting))
     return True
 
 
-def _narrowed(make: Callable[[], Any], largest: int) -> Any:
+def _with_levels(make: Callable[[], Any], low: int, high: int) -> Any:
     observer = make()
-    observer.quant_min, observer.quant_max = (
-        max(observer.quant_min, -largest),
-        min(observer.quant_max, largest - 1),
-    )
+    observer.quant_min, observer.quant_max = low, high
     return observer
 
 

@@ -40,7 +40,7 @@ from adadfq_plugin.contracts import Phase
 from adadfq_plugin.errors import ModelError
 from adadfq_plugin.fake_quantize import switched
 from adadfq_plugin.hooks import capture_outputs, module_modes
-from adadfq_plugin.ranges import largest_weight
+from adadfq_plugin.ranges import levels_that_fit
 from adadfq_plugin.sites import replace_module, sites, take_over
 
 __all__ = ["ENGINE", "IN_FLOAT", "FXPrepared"]
@@ -132,12 +132,15 @@ class FXPrepared:
         The weights give way, not the activations: they are per channel, and need no clamp in the kernel.
         """
         narrowed = 0
-        for node, limit in self._added_in_16_bits():
+        for node, largest in self._added_in_16_bits():
             weight = self._weight_quantizer(node)
             if weight is None:  # of torch.ao's own observers, which come with the conversion
-                narrowed += narrow_observed_weight(module_of(self.module, node), limit)
-            elif max(-weight.quant_min, weight.quant_max) > limit:
-                weight.set_levels(max(weight.quant_min, -limit), min(weight.quant_max, limit - 1))
+                narrowed += narrow_observed_weight(module_of(self.module, node), largest)
+                continue
+            levels = weight.quant_min, weight.quant_max
+            fitting = levels_that_fit(*levels, largest)
+            if fitting != levels:
+                weight.set_levels(*fitting)
                 narrowed += 1
         if narrowed:
             self.notes.append(
@@ -151,7 +154,7 @@ class FXPrepared:
         return {self.engine, "x86"} if self.engine in GROUPS else {self.engine}
 
     def _added_in_16_bits(self) -> Iterator[tuple[Node, int]]:
-        """Calls of layers whose kernel adds pairs of products in 16 bits, with the largest weight that fits."""
+        """Calls of layers whose kernel adds pairs of products in 16 bits, with the highest level of the activations."""
         vnni = has_vnni()
         for node in quantizer_nodes(self.module):
             quantizer: Any = module_of(self.module, node)
@@ -161,7 +164,7 @@ class FXPrepared:
             for user in node.users:
                 groups = int(getattr(weighted(module_of(self.module, user)), "groups", 1))
                 if any(adds_in_16_bits(engine, vnni, groups) for engine in self._engines):
-                    yield user, largest_weight(highest)
+                    yield user, highest
 
     def _mark_averages(self) -> None:
         for node in quantizer_nodes(self.module):

@@ -17,7 +17,7 @@ from adadfq_plugin.backends.pt2e.folding import CONVOLUTIONS, TRANSPOSED
 from adadfq_plugin.backends.pt2e.graphs import aten, is_constant
 from adadfq_plugin.config import Scheme
 from adadfq_plugin.errors import SettingsError
-from adadfq_plugin.ranges import largest_weight
+from adadfq_plugin.ranges import levels_that_fit
 from adadfq_plugin.streams import normed_sums
 
 __all__ = ["SchemeQuantizer"]
@@ -107,11 +107,12 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
         )
 
     def _weight(self, axis: int, activation: QuantizationSpec | SharedQuantizationSpec) -> QuantizationSpec:
-        lowest, highest = -(2 ** (self.scheme.weight_bits - 1)), 2 ** (self.scheme.weight_bits - 1) - 1
-        limit = largest_weight(getattr(activation, "quant_max", None) or self.boundary.quant_max)
-        if not torch.cpu._is_vnni_supported() and -lowest > limit:
-            lowest, highest = -limit, limit - 1
-            self.narrowed += 1
+        levels = -(2 ** (self.scheme.weight_bits - 1)), 2 ** (self.scheme.weight_bits - 1) - 1
+        lowest, highest = levels
+        if not torch.cpu._is_vnni_supported():
+            largest_activation = getattr(activation, "quant_max", None) or self.boundary.quant_max
+            lowest, highest = levels_that_fit(*levels, largest_activation)
+        self.narrowed += (lowest, highest) != levels
         return QuantizationSpec(
             dtype=torch.int8,
             # torchao passes the axis on to classes named "PerChannel" only
