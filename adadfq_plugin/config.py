@@ -94,9 +94,9 @@ class Settings(_Frozen):
         description="start of the weights: rounded one after the other, each error made up for by those that follow "
         "(GPTQ), or as they are",
     )
-    bias_correction: bool = Field(
+    steady_means: bool = Field(
         True,
-        description="biases take up what changes of their weights' rounding do to the means of the outputs",
+        description="in training, biases take up what changes of the rounding do to the outputs' means",
     )
     learn_step_sizes: bool = Field(True, description="train the step sizes of weights and activations (LSQ)")
     keep_best: bool = Field(

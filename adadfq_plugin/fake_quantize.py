@@ -239,7 +239,8 @@ class LearnedQuantizer(nn.Module):
         self.zero_point = zero_point.to(torch.int32)
 
     def fix(self, scale: Tensor, zero_point: Tensor) -> None:
-        """Sets the range from outside and stops observing."""
+        """Sets the range from outside, goes where it is, and stops observing."""
+        self.to(scale.device)
         self._set(scale.reshape(-1), zero_point.reshape(-1))
         self.observer_enabled[0] = 0
 

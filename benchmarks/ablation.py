@@ -73,8 +73,8 @@ INGREDIENTS: dict[str, Ingredient] = {
     "training": Ingredient("training", "nothing (a fixed pool, no game)"),
     "features": Ingredient("training", "activations in Q's loss", {"feature_weight": 0.0}),
     "rounding": Ingredient("training", "rounding that makes up for errors", {"rounding": "nearest"}),
-    "bias correction": Ingredient(
-        "training", "biases that follow their weights' rounding", {"bias_correction": False}
+    "steady means": Ingredient(
+        "training", "biases that follow their weights' rounding", {"steady_means": False}
     ),
     "ranges": Ingredient(
         "training", "ranges of least squared error (instead: min/max)", {"ranges": "minmax"}

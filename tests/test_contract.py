@@ -22,6 +22,7 @@ from adadfq_plugin.config import Scheme
 from adadfq_plugin.contracts import Backend, Phase, Prepared
 from adadfq_plugin.errors import DataError, ModelError
 from adadfq_plugin.game.biases import SteadyMeans
+from adadfq_plugin.game.layers import Call, Layer, Layers
 from adadfq_plugin.game.rounding import round_weights
 from adadfq_plugin.priors import batch_norms
 from adadfq_plugin.teacher import multiply_adds
@@ -344,9 +345,16 @@ def test_rounding_of_weights_that_are_used_twice(backend: Backend, layout: torch
     batch = models.images(128)
     models.observed(opened, batch)
     exact, nearest = logits(opened, Phase.FLOAT, batch), logits(opened, Phase.EVALUATE, batch)
+    biases = [each for each in opened.weights() if each.ndim == 1]
+    before = [each.clone() for each in biases]
+    units = [
+        unit for each, unit in zip(opened.weights(), opened.weight_units(), strict=True) if each.ndim == 1
+    ]
+    assert all(unit.shape == each.shape for unit, each in zip(units, biases, strict=True))
     round_weights(opened, opened.reference(), batch, torch.Generator().manual_seed(0), lambda *_: None)
     rounded = logits(opened, Phase.EVALUATE, batch)
     assert (rounded - exact).square().mean() < 0.5 * (nearest - exact).square().mean()
+    assert not any(map(torch.equal, biases, before))
 
 
 def test_rounding_leaves_alone_what_it_knows_nothing_of(backend: Backend) -> None:
@@ -364,26 +372,81 @@ def test_rounding_leaves_alone_what_it_knows_nothing_of(backend: Backend) -> Non
     assert models.same(before, models.state(opened.module))
 
 
-def test_biases_take_up_what_flipping_weights_do_to_means(backend: Backend, network: str) -> None:
-    """All weights of the head lie just below the middle between two levels, then just above it."""
-    opened, batch = backend.open(prepared(backend, network, 4)), models.images(128)
+def output_means(opened: Prepared, batch: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+    """The mean outputs of each layer over all its calls, in the order of their biases.
+
+    Args:
+        opened: whose layers are run.
+        batch: images.
+        inputs: what goes into each call; taken from the network where it is empty.
+    """
+    given: list[Tensor] = list(inputs)
+    means: dict[Any, list[Tensor]] = {}
+
+    def look(_layer: Layer, call: Call) -> Tensor:
+        x, *rest = call.args
+        if given:
+            x = given.pop(0)
+        else:
+            inputs.append(x)
+        output = call.function(x, *rest, **call.kwargs)
+        means.setdefault(call.argument(2, "bias"), []).append(call.spread(output)[1])
+        return call.result()
+
+    with torch.no_grad(), opened.phase(Phase.EVALUATE), Layers(opened.module, look).at_work():
+        opened.module(batch)
+    return [torch.stack(each).mean(0) for each in means.values()]
+
+
+@pytest.mark.parametrize(
+    "make", [models.trained, models.inverted, Twice], ids=["residual", "inverted", "twice"]
+)
+def test_biases_take_up_what_flipping_weights_do_to_means(
+    backend: Backend, make: Callable[[], nn.Module]
+) -> None:
+    """All weights lie just below the middle between two levels, then just above it."""
+    torch.manual_seed(0)
+    opened = backend.open(backend.prepare(make().eval(), models.SIZE, Scheme(weight_bits=4)))
+    batch = models.images(128) + 1  # what has no mean moves none
     models.observed(opened, batch)
-    place, weight = [(i, each) for i, each in enumerate(opened.weights()) if each.ndim == 2][-1]
-    unit = opened.weight_units()[place]
+    inputs: list[Tensor] = []
+    kernels = [
+        (each, unit)
+        for each, unit in zip(opened.weights(), opened.weight_units(), strict=True)
+        if each.ndim > 1
+    ]
     with torch.no_grad():
-        weight.copy_(((weight / unit).clamp(-6, 5).floor() + 0.499) * unit)
+        for weight, unit in kernels:
+            weight.copy_(((weight / unit).clamp(-6, 5).floor() + 0.499) * unit)
+        before = output_means(opened, batch, inputs)
         with opened.phase(Phase.EVALUATE):
             means = SteadyMeans(opened, batch)
-        before = logits(opened, Phase.EVALUATE, batch)
-        weight.add_(0.002 * unit)
-        flipped = logits(opened, Phase.EVALUATE, batch)
-        means.follow()
-        steady = logits(opened, Phase.EVALUATE, batch)
-        means.follow()
-    assert torch.equal(logits(opened, Phase.EVALUATE, batch), steady)  # nothing has been changed since
-    moved = (flipped - before).mean(0).abs()
-    assert moved.mean() > 0.5 * before.std()
-    assert (steady - before).mean(0).abs().mean() < 0.1 * moved.mean()
+        for weight, unit in kernels:
+            weight.add_(0.002 * unit)
+        flipped = output_means(opened, batch, inputs)
+        with opened.phase(Phase.EVALUATE):
+            means.follow()
+            steady = output_means(opened, batch, inputs)
+            means.follow()
+    after = output_means(opened, batch, inputs)
+    assert len(before) >= 4
+    assert all(map(torch.equal, after, steady))  # nothing has been changed since
+    for old, moved, left in zip(before, flipped, steady, strict=True):
+        shift = (moved - old).abs().mean()
+        # at the edges of padded images the inputs have other means
+        assert (left - old).abs().mean() < 0.5 * shift
+
+
+def test_steady_means_are_what_their_setting_switches(backend: Backend) -> None:
+    """Of one and the same run; the ranges are set before."""
+    states = []
+    for steady in (True, False):
+        model = prepared(backend, "residual", 4)
+        adadfq_plugin.calibrate(model, **{**TOLD, "settings": {**QUICK, "steady_means": steady}})
+        states.append(models.state(model)["tensors"])
+    first, second = (cast(Mapping[str, Tensor], each) for each in states)
+    changed = {name for name in first if not torch.equal(first[name], second[name])}
+    assert any("bias" in name for name in changed), changed
 
 
 def test_biases_without_a_say_stay(backend: Backend) -> None:

@@ -152,14 +152,24 @@ def levels_of_weights(converted: nn.Module) -> set[tuple[int, int]]:
     return {(int(each.min()), int(each.max())) for each in levels}
 
 
+def observing_mapping(weights: str) -> QConfigMapping:
+    """A user's own observers, with weights that are observed or fake-quantized."""
+    observed: Any = users_mapping(8, observers=True).global_qconfig
+    chosen: Any = users_mapping(8, observers=weights == "observer").global_qconfig
+    return QConfigMapping().set_global(QConfig(observed.activation, chosen.weight))
+
+
+@pytest.mark.parametrize("weights", ["observer", "fake quantizer"])
 @pytest.mark.parametrize("engine", ["x86", "fbgemm", "onednn"])
-def test_without_vnni_observed_weights_are_narrowed(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_vnni_observed_weights_are_narrowed(
+    engine: str, weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of single layers and of those that torch.ao has fused with their activation."""
     if engine not in torch.backends.quantized.supported_engines:
         pytest.skip(f"no {engine} in this build of torch")
     monkeypatch.setattr(prepared_module, "has_vnni", lambda: False)
     with using_engine(engine):
-        opened = FXBackend().open(prepare_fx(models.trained(), users_mapping(8, observers=True), EXAMPLE))
+        opened = FXBackend().open(prepare_fx(models.trained(), observing_mapping(weights), EXAMPLE))
         batch = models.images(128)
         models.observed(opened, batch)
         converted = opened.convert()
@@ -298,6 +308,38 @@ def test_without_vnni_weights_are_narrowed(engine: str, monkeypatch: pytest.Monk
     else:
         assert levels == {-64}
         assert "4 layers have 7-bit weights" in notes[0]
+
+
+def test_what_was_calibrated_with_vnni_keeps_its_levels_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its ranges were set for them."""
+    prepared, batch = models.prepared(8), models.images(64)
+    monkeypatch.setattr(prepared_module, "has_vnni", lambda: True)
+    opened = FXBackend().open(prepared)
+    models.observed(opened, batch)
+    opened.commit()
+    monkeypatch.setattr(prepared_module, "has_vnni", lambda: False)
+    again = FXBackend().open(prepared)
+    assert {each.quant_min for each in again.module.modules() if getattr(each, "per_channel", False)} == {
+        -128
+    }
+    with torch.no_grad(), opened.phase(Phase.EVALUATE), again.phase(Phase.EVALUATE):
+        assert torch.equal(again.module(batch), opened.module(batch))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("there", [False, True])
+def test_observed_models_are_calibrated_on_a_gpu(there: bool) -> None:
+    prepared = prepare_fx(models.trained(), get_default_qconfig_mapping("x86"), EXAMPLE)
+    told: dict[str, Any] = {"input_size": 16, "mean": (0.5,) * 3, "std": (0.25,) * 3, "method": "noise"}
+    settings = {"samples": 16, "batch_size": 8, "range_samples": 16}
+    if there:
+        adadfq_plugin.calibrate(prepared.cuda(), settings=settings, **told)
+    else:
+        adadfq_plugin.calibrate(prepared, settings=settings, device="cuda", **told)
+    batch = models.images(64)
+    with torch.no_grad():
+        exact = models.trained()(batch)
+        assert (convert_fx(prepared.cpu())(batch) - exact).abs().mean() <= 0.1 * exact.std()
 
 
 @pytest.mark.parametrize(
@@ -475,6 +517,35 @@ def test_a_clamp_stays_where_its_input_is_used_elsewhere() -> None:
     opened = FXPrepared(prepared)
     assert [node for node in opened.module.graph.nodes if node.target == "activation"]
     assert not [each for each in opened.module.modules() if getattr(each, "limits", None) is not None]
+
+
+class _Cut(nn.Module):
+    """A convolution whose outputs are used as they are and, beside, within bounds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(3, 8, 3), nn.Linear(8, models.CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return cast(Tensor, self.linear((torch.clamp(x, -0.5, 0.5) + x).mean((2, 3))))
+
+
+def test_few_levels_are_kept_beside_a_clamp_of_the_networks_own() -> None:
+    """A convolution saturates at the last level also where the network clamps, and once only when finished again."""
+    torch.manual_seed(0)
+    calm, wild = models.images(64), 4 * models.images(64)
+    prepared = models.prepared(4, _Cut())
+    opened = FXBackend().open(prepared)
+    models.observed(opened, calm)
+    opened.commit()
+    with torch.no_grad(), opened.phase(Phase.EVALUATE):
+        fake = opened.module(wild)
+    converted = convert_fx(copy.deepcopy(prepared).eval())
+    assert (converted(wild) - fake).abs().mean() <= 0.02 * fake.std()
+    clamps = [node.target for node in prepared.graph.nodes].count(torch.clamp)
+    FXPrepared(prepared).commit()
+    assert [node.target for node in prepared.graph.nodes].count(torch.clamp) == clamps
 
 
 def test_saved_archive_is_compressed_and_gives_the_same(tmp_path: Path) -> None:

@@ -370,6 +370,29 @@ def test_without_vnni_weights_are_narrowed(monkeypatch: pytest.MonkeyPatch) -> N
     assert not any("7-bit" in note for note in PT2EBackend().open(narrow).notes)
 
 
+@pytest.mark.parametrize(
+    ("scheme", "least"),
+    [(Scheme(boundary_bits=4), -64), (Scheme(activation_bits=4), -128)],
+    ids=["narrow boundary", "narrow activations"],
+)
+def test_levels_behind_a_maximum_are_those_before_it(
+    scheme: Scheme, least: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(8, 8, 3),
+        nn.Flatten(),
+        nn.LazyLinear(models.CLASSES),
+    )
+    net(torch.zeros(1, *models.SIZE))
+    model: Any = PT2EBackend().prepare(net.eval(), models.SIZE, scheme)
+    second = [node for node in model.graph.nodes if node.target is ATEN.conv2d.default][1]
+    assert model.get_submodule(second.args[1].target).quant_min == least
+
+
 def test_only_inductors_engines() -> None:
     with pytest.raises(SettingsError, match=r"'qnnpack' is not one of backend 'pt2e'.*onednn"):
         SchemeQuantizer(Scheme(engine="qnnpack"))

@@ -31,7 +31,7 @@ class _Means:
 
 
 class SteadyMeans:
-    r"""Keeps the means of the outputs where the weights, not their levels, put them.
+    r"""Lets the means of the outputs move as the weights do, and not as their levels do.
 
     A weight that crosses the middle between two levels moves by a whole level, though training has hardly moved it.
     Where the layer's inputs have a mean, that moves the mean of an output, in MobileNets by more than it deviates; the
@@ -40,8 +40,11 @@ class SteadyMeans:
 
     .. math:: b_o \leftarrow b_o - (\Delta_o^{new} - \Delta_o^{old})
 
+    The shift of the beginning stays: it is the business of those who rounded the weights. All this is for the phases
+    in which Q is quantized and observes nothing.
+
     Args:
-        prepared: Q, its quantizers on.
+        prepared: Q.
         images: (N, C, H, W) on the device, as Q sees them, that tell the inputs' means.
 
     Source: the bias correction of Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias
@@ -51,25 +54,25 @@ class SteadyMeans:
 
     @torch.no_grad()
     def __init__(self, prepared: Prepared, images: Tensor) -> None:
-        self._layers: list[_Means] = []
-        known: set[nn.Parameter] = set()
+        found: dict[nn.Parameter, tuple[Layer, list[Tensor]]] = {}
 
         def look(layer: Layer, call: Call) -> Tensor:
             bias = call.argument(2, "bias")
-            if (
-                isinstance(bias, nn.Parameter)
-                and bias.requires_grad
-                and layer.by_output
-                and bias not in known
-            ):
-                known.add(bias)
-                means = call.input_means().view(call.groups, -1)
-                if bool(means.isfinite().all()):
-                    self._layers.append(_Means(layer.quantizer, layer.weight, bias, means))
+            if isinstance(bias, nn.Parameter) and bias.requires_grad and layer.by_output:
+                first, calls = found.setdefault(bias, (layer, []))
+                if layer.weight is first.weight:
+                    calls.append(call.input_means().view(call.groups, -1))
             return call.result()
 
         with Layers(prepared.module, look).at_work():
             prepared.module(images)
+        # all calls of a layer share its bias
+        means = {bias: torch.stack(calls).mean(0) for bias, (_, calls) in found.items()}
+        self._layers = [
+            _Means(layer.quantizer, layer.weight, bias, means[bias])
+            for bias, (layer, _) in found.items()
+            if bool(means[bias].isfinite().all())
+        ]
         self._shifts = [layer.shift() for layer in self._layers]
 
     @torch.no_grad()

@@ -28,7 +28,7 @@ IN_MEMORY = 2**24
 
 @dataclass(frozen=True)
 class Layer:
-    """A call of a layer whose weight has just been quantized."""
+    """A layer whose weight has just been quantized."""
 
     name: str
     """Of the weight's quantizer."""

@@ -41,7 +41,7 @@ def round_weights(
         reference: Q as it was, unquantized.
         images: (N, C, H, W) on the device, N at least 1.
         rng: source of the places that are looked at.
-        tell: called after each layer with the number so far and that of all layers.
+        tell: called after each layer's call with the number so far and that of all calls.
         seconds: time after which no further layer is begun; None: no limit.
 
     Returns:
@@ -51,30 +51,34 @@ def round_weights(
     "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019, arXiv 1906.04721, section 4.2,
     with the means measured and the inputs' part of them bounded.
     """
-    expected: dict[str, Tensor] = {}
-    seen: set[str] = set()
+    asked: list[tuple[Tensor, Tensor]] = []
+    """Of each call of the unquantized network: the means of the outputs, and the weight."""
+    seen: set[nn.Parameter] = set()
     rounded: set[nn.Parameter] = set()
-    late = 0
+    late = calls = 0
     end = None if seconds is None else time.monotonic() + seconds
 
     def measure(layer: Layer, call: Call) -> Tensor:
         output = call.result()
-        expected.setdefault(layer.name, call.spread(output)[1])
+        asked.append((call.spread(output)[1], layer.weight))
         return output
 
     def change(layer: Layer, call: Call) -> Tensor:
-        nonlocal late
-        first = layer.name not in seen and layer.weight not in rounded
-        seen.add(layer.name)
-        if first and layer.name in expected and _can_be_rounded(layer, call):
+        nonlocal late, calls
+        expected, old = asked[calls]
+        calls += 1
+        if layer.weight not in seen and _can_be_rounded(layer):
+            seen.add(layer.weight)
             if end is not None and time.monotonic() > end:
                 late += 1
-            else:
-                unrounded = call.spread(call.result(layer.weight))
-                if _round(layer, call, rng):
-                    rounded.add(layer.weight)
-                    _correct_bias(layer, call, expected[layer.name], unrounded)
-        tell(min(len(seen), len(expected)), len(expected))
+            elif _round(layer, call, rng):
+                rounded.add(layer.weight)
+        bias = call.argument(2, "bias")
+        if layer.weight in rounded and isinstance(bias, nn.Parameter) and bias not in seen:
+            seen.add(bias)
+            if bias.requires_grad:
+                _correct(bias, layer, call, expected, old)
+        tell(calls, len(asked))
         # another call of the layer has been given the weights of before
         return call.result(layer.quantizer(layer.weight)) if layer.weight in rounded else call.result()
 
@@ -85,25 +89,24 @@ def round_weights(
     return late
 
 
-def _correct_bias(layer: Layer, call: Call, expected: Tensor, unrounded: tuple[Tensor, Tensor]) -> None:
+def _correct(bias: nn.Parameter, layer: Layer, call: Call, expected: Tensor, old: Tensor) -> None:
     """Takes back the shift of the means that rounding caused, and of the inputs' shift as much as is to be believed.
 
     Args:
+        bias: of the layer (channels,).
         layer: with its new weights.
         call: of the layer, with quantized inputs.
         expected: means of the unquantized network (channels,).
-        unrounded: deviations and means of what the old weights give for the quantized inputs, each (channels,).
+        old: the weights before.
     """
-    bias = call.argument(2, "bias")
-    if isinstance(bias, nn.Parameter) and bias.requires_grad:
-        deviation, own = unrounded
-        most = UPSTREAM * deviation
-        _, now = call.spread(call.result(layer.quantizer(layer.weight)))
-        shift = own - now + torch.clamp(expected - own, -most, most)
-        bias.add_(torch.where(shift.isfinite(), shift, 0))
+    deviation, own = call.spread(call.result(old))
+    most = UPSTREAM * deviation
+    _, now = call.spread(call.result(layer.quantizer(layer.weight)))
+    shift = own - now + torch.clamp(expected - own, -most, most)
+    bias.add_(torch.where(shift.isfinite(), shift, 0))
 
 
-def _can_be_rounded(layer: Layer, call: Call) -> bool:
+def _can_be_rounded(layer: Layer) -> bool:
     return layer.weight.requires_grad and layer.by_output and layer.weight[0].numel() <= WIDEST
 
 

@@ -215,11 +215,14 @@ class Run:
 
     def _means(self) -> SteadyMeans | None:
         prepared = self.task.prepared
-        if not self.task.settings.bias_correction:
+        if not self.task.settings.steady_means:
             return None
+        state = self.rng.get_state()  # training is to see the same images with and without
         images, _ = self.pool.draw(MEANS)
+        images = self._shown(images)
+        self.rng.set_state(state)
         with prepared.phase(Phase.EVALUATE):
-            return SteadyMeans(prepared, self._shown(images))
+            return SteadyMeans(prepared, images)
 
     def _best(self, parameters: Sequence[nn.Parameter]) -> BestState:
         task = self.task

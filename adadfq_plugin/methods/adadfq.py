@@ -30,7 +30,7 @@ _PAPER: dict[str, Any] = {
     "schedule": "stages",
     "ranges": "minmax",
     "rounding": "nearest",
-    "bias_correction": False,
+    "steady_means": False,
     "learn_step_sizes": False,
     "keep_best": False,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -73,9 +74,10 @@ def narrow_observed_weight(layer: nn.Module | None, largest_activation: int) -> 
 
 
 def _with_levels(make: Callable[[], Any], low: int, high: int) -> Any:
-    observer = make()
-    observer.quant_min, observer.quant_max = low, high
-    return observer
+    made = make()
+    for each in (made, getattr(made, "activation_post_process", made)):  # a fake quantizer asks its observer
+        each.quant_min, each.quant_max = low, high
+    return made
 
 
 def _observed_weight(layer: nn.Module) -> LearnedFakeQuantize | None:
@@ -83,11 +85,14 @@ def _observed_weight(layer: nn.Module) -> LearnedFakeQuantize | None:
     make = _maker(layer)
     if make is None:
         return None
-    observer = make()
-    observer(weighted(layer).weight)  # type: ignore[union-attr]
+    weight: Any = weighted(layer).weight  # type: ignore[union-attr]
+    observer = make().to(weight.device)
+    observer(weight)
     quantizer = LearnedFakeQuantize.like(observer)
     quantizer.fix(*observer.calculate_qparams())
-    _let_make(layer, functools.partial(copy.deepcopy, quantizer))
+    _let_make(
+        layer, functools.partial(copy.deepcopy, copy.deepcopy(quantizer).cpu())
+    )  # where it is converted
     return quantizer
 
 
@@ -127,9 +132,9 @@ def saturate_activations(model: GraphModule) -> None:
         limits, source = _limits(model.get_submodule(str(node.target))), node.args[0]
         if limits is None or not isinstance(source, Node):
             continue
-        if any(user.target is torch.clamp for user in node.users) or _keeps_levels(model, source, node):
-            continue
         users = list(node.users)
+        if _is_saturated(users, limits) or _keeps_levels(model, source, node):
+            continue
         with model.graph.inserting_after(node):
             clamp = model.graph.call_function(torch.clamp, (node, *limits))
         _put_between(model, node, clamp, users)
@@ -162,6 +167,14 @@ def _put_between(model: GraphModule, node: Node, call: Node, users: Sequence[Nod
         user.replace_input_with(node, again)
     scopes, (source,) = prepared_attributes(model).node_name_to_scope, node.all_input_nodes
     scopes[call.name] = scopes.get(source.name, ("", None))
+
+
+def _is_saturated(users: Sequence[Node], limits: tuple[float, float]) -> bool:
+    """Whether all that becomes of a value has been bounded so already: when a calibrated model is finished again."""
+    if len(users) != 1 or users[0].target is not torch.clamp:
+        return False
+    bounds = users[0].args[1:]
+    return len(bounds) == 2 and all(map(math.isclose, bounds, limits))  # type: ignore[arg-type]
 
 
 def _keeps_levels(model: GraphModule, source: Node, node: Node) -> bool:

@@ -92,7 +92,8 @@ class FXPrepared:
             self._widen_boundary()
             self._mark_averages()
             self._note_rounded_terms()
-        self._fit_kernels()
+        if not self._calibrated:  # its ranges go with its levels
+            self._fit_kernels()
         self._refuse_nothing_quantized()
 
     # -- what was prepared -------------------------------------------------------------------------
@@ -134,7 +135,7 @@ class FXPrepared:
         narrowed = 0
         for node, largest in self._added_in_16_bits():
             weight = self._weight_quantizer(node)
-            if weight is None:  # of torch.ao's own observers, which come with the conversion
+            if weight is None:  # of an observer that comes with the conversion, or no layer
                 narrowed += narrow_observed_weight(module_of(self.module, node), largest)
                 continue
             levels = weight.quant_min, weight.quant_max
@@ -154,7 +155,7 @@ class FXPrepared:
         return {self.engine, "x86"} if self.engine in GROUPS else {self.engine}
 
     def _added_in_16_bits(self) -> Iterator[tuple[Node, int]]:
-        """Calls of layers whose kernel adds pairs of products in 16 bits, with the highest level of the activations."""
+        """Readers of activations whose kernel adds products in pairs in 16 bits, and the activations' highest level."""
         vnni = has_vnni()
         for node in quantizer_nodes(self.module):
             quantizer: Any = module_of(self.module, node)

@@ -62,14 +62,15 @@ def _is_boundary(node: Any) -> bool:
 
 
 def _quantized_weights(model: GraphModule) -> Iterator[tuple[nn.Parameter, LearnedFakeQuantize, Node]]:
-    """Each quantized weight with its quantizer and the layer that reads it."""
+    """Each quantized weight with its quantizer and a layer that reads it; once for each such layer."""
     for node in model.graph.nodes:
         quantizer = model.get_submodule(str(node.target)) if node.op == "call_module" else None
         if not isinstance(quantizer, LearnedFakeQuantize) or node.args[0].op != "get_attr":
             continue
         weight = tensor_at(model, str(node.args[0].target))
         if isinstance(weight, nn.Parameter):
-            yield weight, quantizer, next(iter(node.users))
+            for layer in node.users:
+                yield weight, quantizer, layer
 
 
 class PT2EPrepared:

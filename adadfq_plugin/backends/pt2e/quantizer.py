@@ -106,11 +106,10 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
             qscheme=torch.per_tensor_affine,
         )
 
-    def _weight(self, axis: int, activation: QuantizationSpec | SharedQuantizationSpec) -> QuantizationSpec:
+    def _weight(self, axis: int, largest_activation: int) -> QuantizationSpec:
         levels = -(2 ** (self.scheme.weight_bits - 1)), 2 ** (self.scheme.weight_bits - 1) - 1
         lowest, highest = levels
         if not torch.cpu._is_vnni_supported():
-            largest_activation = getattr(activation, "quant_max", None) or self.boundary.quant_max
             lowest, highest = levels_that_fit(*levels, largest_activation)
         self.narrowed += (lowest, highest) != levels
         return QuantizationSpec(
@@ -131,9 +130,10 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
                 continue
             if node.target in WEIGHTED and is_constant(node.args[1]):
                 source = _source(node.args[0])
-                weight = self._weight(
-                    1 if node.target in TRANSPOSED else 0, specs.get(source, self.activation)
-                )
+                levels = specs.get(source, self.activation)
+                while isinstance(levels, SharedQuantizationSpec):
+                    levels = specs[levels.edge_or_node]
+                weight = self._weight(1 if node.target in TRANSPOSED else 0, levels.quant_max)
                 # torchao reads the two by their order
                 _annotation(node).input_qspec_map = {
                     node.args[0]: SharedQuantizationSpec(source),
