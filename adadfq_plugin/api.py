@@ -173,7 +173,7 @@ def calibrate(
         method: name of a registered method.
         settings: the method's settings, or changes to its defaults.
         preset: named settings of the method.
-        minutes: time limit; None: a fixed number of steps, repeatable bit for bit.
+        minutes: time limit; None: a fixed number of steps, repeatable bit for bit on a CPU.
         seed: source of all randomness; the global random state is left alone.
         device: where to run; None: where ``prepared`` is.
         backend: name of the toolkit; None or ``auto``: the one that recognises the model.
@@ -387,7 +387,8 @@ def evaluate(
     with torch.no_grad(), modes:
         for images, labels in batches:
             logits = model(images.to(where)).cpu()
-            right += int((logits.argmax(1) == labels.cpu()).sum())
+            answered = ~logits.isnan().any(1)  # NaN would be the largest
+            right += int(((logits.argmax(1) == labels.cpu()) & answered).sum())
             count += len(labels)
             if progress is not None:
                 progress(count)

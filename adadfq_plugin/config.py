@@ -114,6 +114,10 @@ class GeneratorSettings(Settings):
     latent_dim: Positive = Field(128, description="length of the generator's latent vector")
     generator_width: Positive = Field(128, description="channels of the generator's first stage")
     generator_learning_rate: Rate = Field(1e-3, description="learning rate of the generator (Adam)")
+    generator_cooling: Fraction = Field(
+        0.2,
+        description="share of the generator's learning rate left at the end of its warm-up, and in the game",
+    )
     generator_batch_size: Positive | None = Field(
         None,
         description="images in a step of the generator; unset: 64 up to 64 pixels, else 9, and no more than a "

@@ -129,7 +129,7 @@ class Task:
     device: torch.device
     progress: Progress
     minutes: float | None = None
-    """Time limit; None for a run of fixed length, which alone is repeatable bit for bit."""
+    """Time limit; None for a run of fixed length, which alone is repeatable bit for bit, on a CPU."""
 
 
 @dataclass

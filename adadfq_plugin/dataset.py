@@ -115,17 +115,24 @@ class SyntheticDataset(Dataset[tuple[Tensor, int]]):
         return DataLoader(self, batch_size=batch_size, shuffle=shuffle, generator=generator)
 
     @staticmethod
-    def check_path(path: str | Path, *, replace: bool = False) -> None:
+    def check_path(path: str | Path, *, replace: bool = False, channels: int | None = None) -> None:
         """Refuses now what :meth:`save` would refuse at its beginning; leaves nothing behind.
 
+        Args:
+            path: as :meth:`save` takes it.
+            replace: likewise.
+            channels: of the images, where they are known.
+
         Raises:
-            OutputError: the path can't be written, or its suffix is none that is known.
+            OutputError: the path can't be written, its suffix is none that is known, or the form can't hold the images.
         """
         path = Path(path)
         if path.suffix in _FILES:
             check_file(path)
         elif not path.suffix:
             check_folder(path, replace=replace)
+            if channels not in (None, 1, 3):
+                raise OutputError(f"{path}: PNG holds 1 or 3 channels, not {channels}; save as .safetensors")
         else:
             forms = ", ".join(f"*{suffix}" for suffix in _FILES)
             raise OutputError(f"{path}: a synthetic set is saved as {forms} or as a folder (no suffix)")
@@ -143,7 +150,7 @@ class SyntheticDataset(Dataset[tuple[Tensor, int]]):
         Raises:
             OutputError: the path can't be written, or the form can't hold these images.
         """
-        self.check_path(path, replace=replace)
+        self.check_path(path, replace=replace, channels=self.facts.input_size[0])
         path = Path(path)
         if path.suffix == ".safetensors":
             tensors = {"images": self.pixels.contiguous(), "labels": self.labels.contiguous()}
@@ -159,9 +166,6 @@ class SyntheticDataset(Dataset[tuple[Tensor, int]]):
                     metadata=np.array(self._metadata()),
                 )
         else:
-            channels = self.facts.input_size[0]
-            if channels not in (1, 3):
-                raise OutputError(f"{path}: PNG holds 1 or 3 channels, not {channels}; save as .safetensors")
             with atomic_folder(path, replace=replace) as temporary:
                 self._write_folder(temporary)
 

@@ -206,7 +206,11 @@ class LearnedQuantizer(nn.Module):
         return quantized
 
     def _rows(self, x: Tensor) -> Tensor:
-        return x.movedim(self.ch_axis, 0).flatten(1) if self.per_channel else x.reshape(1, -1)
+        return (
+            x.movedim(self.ch_axis, 0).reshape(x.shape[self.ch_axis], -1)
+            if self.per_channel
+            else x.reshape(1, -1)
+        )
 
     def _observe(self, x: Tensor) -> None:
         if x.numel() == 0:  # a transformer without prefix tokens splits off none

@@ -6,7 +6,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from adadfq_plugin.errors import OutputError
@@ -84,7 +84,9 @@ def check_folder(path: str | Path, *, replace: bool = False) -> None:
     Raises:
         OutputError: as :func:`atomic_folder`.
     """
-    _open_folder(_followed(path), replace).rmdir()
+    target = _followed(path)
+    with _new_parents(target):
+        _open_folder(target, replace).rmdir()
 
 
 def check_file(path: str | Path) -> None:
@@ -93,7 +95,20 @@ def check_file(path: str | Path) -> None:
     Raises:
         OutputError: as :func:`atomic_file`.
     """
-    _open_file(Path(path)).unlink()
+    with _new_parents(Path(path)):
+        _open_file(Path(path)).unlink()
+
+
+@contextmanager
+def _new_parents(target: Path) -> Iterator[None]:
+    """Removes afterwards what was made of the folders above ``target``."""
+    missing = [folder for folder in target.absolute().parents if not folder.exists()]
+    try:
+        yield
+    finally:
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def _open_file(target: Path) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -47,10 +47,12 @@ def make_teacher(model: nn.Module, facts: Facts, *, device: torch.device | str =
     """
     refuse_nan(model, buffers=True)
     frozen = copy.deepcopy(model).eval().requires_grad_(False).to(device)
-    channels_last = facts.large and not any(map(_rules_out_channels_last, frozen.modules()))
-    if channels_last:
+    if facts.large and not any(map(_rules_out_channels_last, frozen.modules())):
         frozen.to(memory_format=torch.channels_last)
-    return Teacher(frozen, facts, multiply_adds(frozen, facts.input_size), channels_last)
+        with suppress(RuntimeError):  # x.view(len(x), -1) wants them first
+            return Teacher(frozen, facts, multiply_adds(frozen, facts.input_size), channels_last=True)
+        frozen.to(memory_format=torch.contiguous_format)
+    return Teacher(frozen, facts, multiply_adds(frozen, facts.input_size))
 
 
 def refuse_nan(model: nn.Module, *, buffers: bool = False) -> None:

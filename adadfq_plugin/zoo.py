@@ -77,21 +77,23 @@ def load_model(
     try:
         with fork_rng(0):  # constructors draw from the global generator
             model: nn.Module = timm.create_model(name, pretrained=download, **arguments)
-    except (TypeError, AssertionError, ValueError) as error:
-        if local and isinstance(error, ValueError):
-            raise DataError(f"model {name!r} can't be read: {first_line(error)}") from error
-        raise SettingsError(f"model {name!r} can't be made with {arguments}: {first_line(error)}") from error
     except Exception as error:  # a download fails in as many ways as there are HTTP libraries
-        if local:
+        unsuited = isinstance(error, TypeError | AssertionError | ValueError)
+        if local and not isinstance(error, TypeError | AssertionError):
             raise DataError(f"model {name!r} can't be read: {first_line(error)}") from error
+        if unsuited and not isinstance(error, OSError):  # some hubs' errors are both
+            raise SettingsError(
+                f"model {name!r} can't be made with {arguments}: {first_line(error)}"
+            ) from error
         raise DataError(
             f"model {name!r}: its weights can't be downloaded ({first_line(error)}); "
             "download them elsewhere and give the file as checkpoint (--checkpoint FILE)"
         ) from error
     own_classes = dict(getattr(model, "pretrained_cfg", None) or {}).get("num_classes")
-    if download and num_classes not in (None, own_classes):
+    classes = arguments.get("num_classes")
+    if download and classes not in (None, own_classes):
         raise SettingsError(
-            f"the pretrained {name!r} has {own_classes} classes; with num_classes = {num_classes} its last "
+            f"the pretrained {name!r} has {own_classes} classes; with num_classes = {classes} its last "
             "layer would be random: give a checkpoint of the fine-tuned network"
         )
     if checkpoint is not None:

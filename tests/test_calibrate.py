@@ -7,13 +7,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import models
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.ao.quantization import get_default_qat_qconfig_mapping, get_default_qconfig_mapping
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx, prepare_qat_fx
 
@@ -260,6 +260,52 @@ def test_minutes_bound_the_run() -> None:
     assert len(result.history.column("game", "loss")[0]) >= 3
 
 
+def test_the_papers_rates_fall_in_its_epochs() -> None:
+    published = {
+        "paper_cifar": [100, 200, 300],
+        "paper_resnet18": [350],
+        "paper_mobilenetv2": [350],
+        "paper_resnet50": [150, 300],
+    }
+    for preset, epochs in published.items():
+        settings: Any = api.method_settings(api.methods().get("adadfq"), None, preset)
+        assert (settings.warmup_steps + settings.steps) == 400 * 200
+        ends = [(settings.warmup_steps + stage * settings.steps) / 200 for stage in settings.stages]
+        assert ends == pytest.approx(epochs, abs=0.02)
+        assert settings.generator_cooling == 1
+
+
+def test_a_time_limit_without_a_say_is_refused() -> None:
+    prepared = models.prepared()
+    before = models.state(prepared)
+    with pytest.raises(SettingsError, match="minutes = 3 has no say where steps, warmup_steps are set"):
+        adadfq_plugin.calibrate(prepared, preset="paper_cifar", minutes=3, **TOLD)
+    assert models.same(before, models.state(prepared))
+
+
+class Flat(nn.Module):
+    """A plain network whose last layer takes the pixels of all channels, by a view."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.conv, self.pool = nn.Conv2d(3, 4, 3, stride=4), nn.MaxPool2d(2)
+        self.head = nn.Linear(4 * (((side - 3) // 4 + 1) // 2) ** 2, models.CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(self.conv(x).relu())
+        return cast(Tensor, self.head(x.view(x.size(0), -1)))
+
+
+@pytest.mark.parametrize("side", [32, 96])
+@pytest.mark.parametrize("backend", ["fx", "pt2e"])
+def test_views_of_tensors_whose_channels_lie_last(backend: str, side: int) -> None:
+    if backend == "pt2e":
+        pytest.importorskip("torchao", reason="backend pt2e needs torchao")
+    told = {**TOLD, "input_size": side}
+    result = adadfq_plugin.quantize(Flat(side).eval(), backend=backend, settings=QUICK, **told)
+    assert result.integer_macs == result.macs
+
+
 @pytest.mark.parametrize("preset", ["paper_cifar", "paper_resnet18", "paper_mobilenetv2", "paper_resnet50"])
 def test_presets_of_the_paper_run(preset: str) -> None:
     changes = {**QUICK_G, "temperature": 3.0}
@@ -488,6 +534,9 @@ def test_evaluate_counts() -> None:
     assert model.training
     with pytest.raises(SettingsError, match="no images"):
         adadfq_plugin.evaluate(model, [])
+    assert (
+        adadfq_plugin.evaluate(lambda x: torch.full((len(x), 5), torch.nan), [(batch, 0 * labels)]).top1 == 0
+    )
 
 
 @pytest.mark.parametrize("grad", [torch.no_grad, torch.inference_mode])

@@ -583,3 +583,32 @@ def test_a_grey_network_is_told_by_its_channels(tmp_path: Path) -> None:
     guessed = "not told, so taken: mean = (0.5,) (guess: the mean of timm's channels)"
     assert f"adadfq: warning: {guessed}" in ended.output
     assert report["warnings"][0].startswith(guessed)
+
+
+def test_a_preset_given_here_comes_before_the_settings_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text(
+        '[network]\nname = "x"\ninput_size = [3, 32, 32]\n[settings]\noptimizer = "adam"\nsamples = 7\n'
+    )
+    made = plan({"preset": "paper_cifar", "temperature": 3.0, "img_size": 64}, file)
+    assert made.settings == {"samples": 7, "temperature": 3.0}
+    assert (made.network.input_size, made.network.img_size) == (None, 64)
+    assert plan({}, file).settings == {"optimizer": "adam", "samples": 7}
+
+
+def test_the_bare_program_shows_its_help() -> None:
+    ended = adadfq()
+    assert ended.code == 0
+    assert ended.output.startswith("Usage:")
+    assert "\n  quantize" in ended.output
+
+
+def test_images_that_no_folder_can_hold_are_refused_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("adadfq_plugin.api.synthesize", lambda *_args, **_more: pytest.fail("it was run"))
+    with torch.no_grad(), fork_rng(0):
+        torch.save(timm.create_model(NAME, num_classes=10, in_chans=2).state_dict(), tmp_path / "net.pt")
+    words = (NAME, "--checkpoint", tmp_path / "net.pt", "--num-classes", 10, "--model-kwargs", "in_chans=2")
+    ended = adadfq("synthesize", *words, "--mean", 0.5, 0.5, "--std", 0.5, 0.5, "-o", tmp_path / "set")
+    assert (ended.code, "PNG holds 1 or 3 channels, not 2" in ended.output) == (5, True), ended.output

@@ -337,6 +337,36 @@ class Twice(nn.Module):
         return cast(Tensor, self.head(self.other(self.one(x).relu()).mean((2, 3))))
 
 
+class Tied(nn.Module):
+    """A convolution that is called twice, with a BatchNorm of each call's own and a ReLU behind the first alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1)
+        self.one, self.two, self.head = nn.BatchNorm2d(8), nn.BatchNorm2d(8), nn.Linear(8, models.CLASSES)
+        with torch.no_grad():
+            self.two.weight.fill_(3)
+            self.two.bias.fill_(-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.relu(self.one(self.conv(self.stem(x))))
+        return cast(Tensor, self.head(self.two(self.conv(x)).mean((2, 3))))
+
+
+def test_calls_of_a_layer_keep_what_follows_each(backend: Backend) -> None:
+    torch.manual_seed(0)
+    model, batch = Tied().eval(), models.images(64)
+    opened = backend.open(backend.prepare(model, models.SIZE, Scheme()))
+    with torch.no_grad():
+        exact = model(batch)
+    torch.testing.assert_close(logits(opened, Phase.FLOAT, batch), exact, rtol=1e-4, atol=1e-5)
+    models.observed(opened, batch)
+    assert (logits(opened, Phase.EVALUATE, batch) - exact).abs().mean() <= 0.05 * exact.std()
+    assert any(note.startswith("1 repeated call of a layer has a copy") for note in opened.notes) == (
+        backend.name == "fx"
+    )
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_rounding_of_weights_that_are_used_twice(backend: Backend, layout: torch.memory_format) -> None:
     torch.manual_seed(0)

@@ -266,6 +266,8 @@ def test_an_interrupt_leaves_what_was_there(tmp_path: Path) -> None:
 
 def test_checking_leaves_nothing(tmp_path: Path) -> None:
     check_folder(tmp_path / "new")
+    check_folder(tmp_path / "a" / "b" / "new")
+    SyntheticDataset.check_path(tmp_path / "c" / "set.npz")
     SyntheticDataset.check_path(tmp_path / "set.npz")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("in the way")

@@ -12,9 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.ao.nn import quantized as nnq
 from torch.ao.quantization import (
     QConfig,
     QConfigMapping,
+    default_dynamic_qat_qconfig,
     get_default_qat_qconfig_mapping,
     get_default_qconfig_mapping,
 )
@@ -30,7 +32,14 @@ from torch.ao.quantization.observer import (
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx, prepare_qat_fx
 
 import adadfq_plugin
-from adadfq_plugin.backends.fx import FXBackend, FXPrepared, best_engine, qconfig_mapping, using_engine
+from adadfq_plugin.backends.fx import (
+    FXBackend,
+    FXPrepared,
+    best_engine,
+    qconfig_mapping,
+    traceable,
+    using_engine,
+)
 from adadfq_plugin.backends.fx import kernels as kernels_module
 from adadfq_plugin.backends.fx import prepared as prepared_module
 from adadfq_plugin.backends.fx.fake_quantize import LearnedFakeQuantize
@@ -1019,3 +1028,80 @@ def test_a_copy_may_be_overwritten() -> None:
     opened = FXBackend().open(prepare_qat_fx(model.train(), qconfig_mapping(Scheme()), EXAMPLE))
     with torch.no_grad(), opened.phase(Phase.FLOAT):
         torch.testing.assert_close(opened.module(batch), model.eval()(batch), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bounds", [(0.5, 3.0), (-3.0, -0.5)])
+def test_bounds_that_no_levels_keep_stay_in_the_graph(bounds: tuple[float, float]) -> None:
+    """Levels include zero, whatever the range."""
+    torch.manual_seed(0)
+    model, x = _Inverted(nn.Hardtanh(*bounds)), torch.randn(8, 3, 8, 8)
+    opened = FXPrepared(prepare_qat_fx(model.train(), qconfig_mapping(Scheme()), (x,)))
+    models.observed(opened, x)
+    with torch.no_grad(), opened.phase(Phase.EVALUATE):
+        fake, exact = opened.module(x), model.eval()(x)
+    assert (fake - exact).abs().mean() <= 0.05 * exact.std()
+    assert (opened.convert()(x) - fake).abs().mean() <= 0.02 * fake.std()
+
+
+def headed(*layers: nn.Module) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, models.CLASSES)).eval()
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [[nn.Conv2d(3, 8, 3), nn.PReLU(8)], [nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect")]],
+    ids=["prelu", "reflected"],
+)
+def test_layers_with_rare_kernels_convert(layers: list[nn.Module]) -> None:
+    """The one of PReLU is wrong on some CPUs, where it stays in float."""
+    model, batch = headed(*layers), models.images(64)
+    opened = FXBackend().open(FXBackend().prepare(model, models.SIZE, Scheme()))
+    assert (
+        not models.told(opened) or "1 stays in float: the integer kernel is wrong" in models.told(opened)[0]
+    )
+    models.observed(opened, batch)
+    converted = opened.convert()
+    assert [each for each in converted.modules() if isinstance(each, nnq.Conv2d)]
+    with torch.no_grad():
+        assert (converted(batch) - model(batch)).abs().mean() <= 0.05 * model(batch).std()
+
+
+def test_a_range_of_each_batch_is_refused() -> None:
+    mapping = qconfig_mapping(Scheme()).set_object_type(nn.Linear, default_dynamic_qat_qconfig)
+    prepared = prepare_qat_fx(models.trained().train(), mapping, EXAMPLE)
+    with pytest.raises(ModelError, match="takes the range of each batch"):
+        FXBackend().open(prepared)
+
+
+def test_a_function_does_not_take_the_name_of_a_layer() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.linear = nn.Parameter(torch.rand(6, 8)), nn.Linear(6, models.CLASSES)
+            self.conv = nn.Conv2d(3, 8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = nn.functional.leaky_relu_(self.conv(x), 0.1).mean((2, 3))
+            return cast(Tensor, self.linear(nn.functional.linear(x, self.w)))
+
+    model, batch = Named().eval(), models.images(8)
+    traced = traceable(model, models.SIZE)
+    with torch.no_grad():
+        torch.testing.assert_close(traced(batch), model(batch))
+
+
+def test_functional_modules_of_a_float_network_are_no_conversion() -> None:
+    class Adds(models.Residual):
+        def __init__(self) -> None:
+            super().__init__()
+            self.add = nnq.FloatFunctional()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.relu(self.bn1(self.conv1(x)))
+            x = self.relu(self.add.add(self.bn2(self.conv2(x)), x))
+            return cast(Tensor, self.linear(self.pool(self.relu(self.bn3(self.conv3(x)))).flatten(1)))
+
+    assert not FXBackend().recognises(Adds())
+    with pytest.raises(ModelError, match="is not prepared"):
+        FXBackend().open(Adds())

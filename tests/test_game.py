@@ -224,6 +224,14 @@ def test_pace_counts_or_follows_the_clock(monkeypatch: pytest.MonkeyPatch) -> No
     assert (told.pace("warmup").total, told.pace("warmup").seconds) == (7, None)  # what was told is kept
     assert told.pace("samples").total == 0
     assert told.pace("game").seconds == pytest.approx(600 * 0.95)  # and the time goes to what runs
+    settings = GeneratorSettings(samples=128, batch_size=32)
+    observed = make_plan(settings, limited_teacher, 8, 10, trains=False)
+    rounded = make_plan(settings.model_copy(update={"steps": 0}), limited_teacher, 8, 10)
+    for made, share in ((observed, 0.95), (rounded, 0.85)):
+        warmup, batch = made.pace("warmup").seconds, made.pace("samples").seconds
+        assert warmup is not None
+        assert batch is not None
+        assert warmup + 5 * batch == pytest.approx(600 * share)
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     pace = Pace(10**6, seconds=10)

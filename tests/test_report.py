@@ -240,3 +240,25 @@ def test_the_environment_names_the_processor() -> None:
     assert found["cpu"]
     assert found["vnni"] is bool(torch.cpu._is_vnni_supported())
     assert found["threads"] == torch.get_num_threads()
+
+
+def test_what_is_no_number_was_measured_all_the_same(tmp_path: Path) -> None:
+    write(make(sqnr_db=float("nan")), tmp_path)
+    line = next(line for line in (tmp_path / "report.md").read_text().splitlines() if "SQNR" in line)
+    assert "nan dB" in line
+    assert json.loads((tmp_path / "report.json").read_text())["sqnr_db"] is None
+
+
+def test_what_was_not_refined_is_not_said_to_be(tmp_path: Path) -> None:
+    for steps, words in ((0, "are as it made them"), (None, "were then refined")):
+        settings = {**AdaDFQSettings().model_dump(), "refine_steps": steps}
+        write(make(settings=settings, information=torch.linspace(0, 1, 4), boundaries=(0.1, 0.8)), tmp_path)
+        assert words in (tmp_path / "report.md").read_text()
+
+
+def test_the_device_is_named_and_sums_on_a_gpu_are_not_promised_again(tmp_path: Path) -> None:
+    for device, again in (("cpu", True), ("cuda:1 (NVIDIA X)", False)):
+        write(make(environment={**environment(), "device": device}), tmp_path)
+        text = (tmp_path / "report.md").read_text()
+        assert ("bit for bit" in text) == again
+        assert f"| `device` | `{device}` |" in text

@@ -97,8 +97,13 @@ def test_no_pretrained_weights() -> None:
         zoo.load_model(bare)
 
 
-def test_a_failed_download_shows_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    refuses_downloads(monkeypatch, OSError("no route to host\nmore of it"))
+class _NotInCache(FileNotFoundError, ValueError):
+    """As older hubs raise it."""
+
+
+@pytest.mark.parametrize("kind", [OSError, _NotInCache])
+def test_a_failed_download_shows_the_way_out(kind: type[OSError], monkeypatch: pytest.MonkeyPatch) -> None:
+    refuses_downloads(monkeypatch, kind("no route to host\nmore of it"))
     for name in (NAME, "hf-hub:timm/test_resnet.r160_in1k"):
         with pytest.raises(DataError, match=rf"{name}.*no route to host\).*--checkpoint FILE"):
             zoo.load_model(name)
@@ -130,8 +135,9 @@ def test_a_pretrained_network_keeps_its_classes(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(timm, "create_model", without_download)
     assert zoo.load_model(NAME, num_classes=1000).training is False
-    with pytest.raises(SettingsError, match="would be random"):
-        zoo.load_model(NAME, num_classes=10)
+    for told in ({"num_classes": 10}, {"model_kwargs": {"num_classes": 10}}):
+        with pytest.raises(SettingsError, match="with num_classes = 10 its last layer would be random"):
+            zoo.load_model(NAME, **told)
 
 
 def _drop(state: dict[str, Any]) -> None:

@@ -144,7 +144,7 @@ def quantize(plan: Plan, output: Path, images: Images | None, *, force: bool, ba
             sizes={"float": _float_bytes(model), "converted": (folder / model_file).stat().st_size},
             latency=latency,
             crop_mode=crop_mode,
-            environment=environment(),
+            environment=environment(plan.run.device),
         )
         write(report, folder)
     bars("write", 1, 1, {})
@@ -160,6 +160,7 @@ def synthesize(plan: Plan, output: Path, count: int, *, force: bool, bars: Bars)
     bars("load", 0, 1, {})
     model, facts, _ = load(plan.network)
     bars("load", 1, 1, {})
+    SyntheticDataset.check_path(output, replace=force, channels=facts.input_size[0])
     samples = _signed(api.synthesize(model, count, **_arguments(plan, facts, bars)), plan, facts)
     samples.save(output, replace=force)
     return samples
@@ -216,12 +217,10 @@ def _save(backend: Backend, converted: nn.Module, example: Tensor, path: Path, o
         raise OutputError(f"can't write {output / path.name}: {error}") from error
     with torch.no_grad():
         wanted, found = converted(example), backend.load(path)(example)
+    if torch.allclose(found, wanted, rtol=0, atol=0, equal_nan=True):
+        return []
     worst = float((found - wanted).abs().max() / wanted.std())
-    return (
-        [f"read back from its file, the network's logits are off by {worst:.1e} of their deviation"]
-        if worst
-        else []
-    )
+    return [f"read back from its file, the network's logits are off by {worst:.1e} of their deviation"]
 
 
 def _float_bytes(model: nn.Module) -> int:

@@ -214,21 +214,28 @@ def plan(values: Mapping[str, Any], config: Path | None) -> Plan:
         if not isinstance(table, dict):
             raise SettingsError(f"{config}: {section} must be a section, [{section}]")
         told[section].update(table)
+    of_file = told["settings"]
+    if values.get("img_size") or values.get("input_size"):  # each says what the other says
+        for name in ("img_size", "input_size"):
+            told["network"].pop(name, None)
     for section, kind in SECTIONS.items():
         given = {name: values[name] for name in kind.model_fields if values.get(name) not in (None, (), "")}
-        told[section].update(given)
+        told[section] = {**told[section], **given}
     pairs = told["network"].get("model_kwargs", {})
     if not isinstance(pairs, dict):
         told["network"]["model_kwargs"] = dict(_pair(text) for text in pairs)
     network = build(Network, told["network"])
     if not network.name:
         raise SettingsError("which network? Give its NAME, or a --config that has it")
-    return Plan(
-        network=network,
-        run=build(Run, told["run"]),
-        scheme=build(Scheme, told["scheme"]),
-        settings=told["settings"],
-    )
+    run = build(Run, told["run"])
+    if preset := values.get("preset"):  # given here, it comes before what the file sets
+        from adadfq_plugin import api  # the help loads no torch
+
+        known = api.methods().get(run.method).presets.get(preset, {})
+        for name in known.keys() & of_file.keys():
+            if told["settings"][name] is of_file[name]:
+                del told["settings"][name]
+    return Plan(network=network, run=run, scheme=build(Scheme, told["scheme"]), settings=told["settings"])
 
 
 def _pair(text: str) -> tuple[str, Any]:

@@ -41,7 +41,7 @@ class Program(click.Group):
             prog_name: the program's name in messages.
             extra: as click takes it.
         """
-        words = list(sys.argv[1:] if args is None else args)
+        words = list(sys.argv[1:] if args is None else args) or ["--help"]
         extra["standalone_mode"] = False
         debug = "--debug" in words
         with warnings.catch_warnings():

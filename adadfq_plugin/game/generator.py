@@ -30,9 +30,6 @@ LABEL = 0.2
 """Weight of the label in the loss of refined images; the statistics are what Q's training feels."""
 NATURAL = 0.95
 """Default share of natural noise in G's images, where no BatchNorm tells the statistics of photographs."""
-PLAYING = 0.2
-"""Learning rate at the end of the warm-up and during the game, as a share of the initial one."""
-
 
 FALLS = 1.0, 0.0
 """Exponents of the spectrum whose coefficients are refined: 1 of photographs, 0 for pixels. Batches take turns: images
@@ -208,10 +205,10 @@ class GeneratorPlayer:
 
     def update(self, gradients: list[Tensor]) -> None:
         """One update in the game: from gradients in the order of ``parameters``, at the rate it has cooled to."""
-        self._apply(gradients, PLAYING)
+        self._apply(gradients, self.settings.generator_cooling)
 
     def _step(self, gradients: tuple[Tensor, ...], fraction: float) -> None:
-        self._apply(list(gradients), 1 - (1 - PLAYING) * fraction)
+        self._apply(list(gradients), 1 - (1 - self.settings.generator_cooling) * fraction)
 
     def _apply(self, gradients: list[Tensor], rate: float) -> None:
         if not bool(torch.isfinite(nn.utils.get_total_norm(gradients))):  # as Q's may be

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from adadfq_plugin.config import GeneratorSettings, Settings
+from adadfq_plugin.errors import SettingsError
 from adadfq_plugin.priors import batch_norms
 from adadfq_plugin.teacher import Teacher
 
@@ -38,6 +39,8 @@ SHARE = {"warmup": 0.15, "samples": 0.35, "game": 0.45}
 """What the phases take of the user's minutes, in proportion: those that don't run leave theirs to the others."""
 REST = 0.05
 """Share of the user's minutes for the ranges and the report."""
+ROUNDING = 0.1
+"""Share of the user's minutes after which no further layer's weights are rounded; the game's, where there is one."""
 KEPT_OUT = 8
 """Every how manieth image judges Q's states instead of teaching it: some of every way that images are made in."""
 MEASURED = 3
@@ -56,6 +59,7 @@ class Plan:
         steps: steps of Q.
         refine: steps of each kept batch of images.
         minutes: the user's time limit, None for a run of fixed (repeatable) length.
+        rest: share of the minutes that no phase gets.
         told: phases whose number of steps the user has set; the time limit leaves it alone.
         most: steps of each phase beyond which more time would not help.
     """
@@ -67,6 +71,7 @@ class Plan:
     steps: int
     refine: int = 0
     minutes: float | None = None
+    rest: float = REST
     told: frozenset[str] = frozenset()
     most: Mapping[str, int] = field(default_factory=dict)
 
@@ -83,11 +88,13 @@ class Plan:
         running = sum(SHARE[each] for each, steps in lengths.items() if steps and each not in self.told)
         drawn = self.samples * KEPT_OUT / (KEPT_OUT - 1)
         batches = math.ceil(drawn / self.generator_batch_size) if phase == "samples" else 1
-        seconds = self.minutes * 60 * (1 - REST) * SHARE[phase] / running / batches
+        seconds = self.minutes * 60 * (1 - self.rest) * SHARE[phase] / running / batches
         return Pace(lengths[phase], max(0.0, seconds - spent), self.most.get(phase, sys.maxsize))
 
 
-def make_plan(settings: Settings, teacher: Teacher, bits: int, minutes: float | None = None) -> Plan:
+def make_plan(
+    settings: Settings, teacher: Teacher, bits: int, minutes: float | None = None, *, trains: bool = True
+) -> Plan:
     """The plan for a network: what the settings leave open follows from its cost and the bits.
 
     Args:
@@ -95,6 +102,10 @@ def make_plan(settings: Settings, teacher: Teacher, bits: int, minutes: float | 
         teacher: the network with its facts and cost.
         bits: narrowest width, 2 to 8.
         minutes: time limit, or None.
+        trains: whether Q can be trained.
+
+    Raises:
+        SettingsError: a time limit where all that is run has a number of steps that was set.
     """
     bits = min(max(bits, 2), 8)
     small = not teacher.facts.large
@@ -114,10 +125,19 @@ def make_plan(settings: Settings, teacher: Teacher, bits: int, minutes: float | 
         if settings.refine_steps is not None:
             refine = settings.refine_steps
     steps = settings.steps if settings.steps is not None else max(LEAST_STEPS, round(STEPS[bits] / slow))
+    steps *= trains
     samples = settings.samples or (SAMPLES if small else LARGE_SAMPLES[bits])
     names = {"warmup": "warmup_steps", "samples": "refine_steps", "game": "steps"}
     told = frozenset(phase for phase, name in names.items() if getattr(settings, name, None) is not None)
-    return Plan(batch, generator_batch, samples, warmup, steps, refine, minutes, told, most)
+    run = {phase for phase, count in {"warmup": warmup, "samples": refine, "game": steps}.items() if count}
+    if minutes is not None and run and run <= told:
+        raise SettingsError(
+            f"minutes = {minutes:g} has no say where {', '.join(sorted(names[phase] for phase in run))} are set, by a "
+            "preset or by hand: set one of them to None, or leave out the minutes"
+        )
+    apart = trains and settings.rounding == "compensated" and not {"game"} <= run - told
+    rest = REST + ROUNDING * apart
+    return Plan(batch, generator_batch, samples, warmup, steps, refine, minutes, rest, told, most)
 
 
 class Pace:

@@ -16,7 +16,7 @@ from adadfq_plugin.dataset import SyntheticDataset
 from adadfq_plugin.game.best import BestState
 from adadfq_plugin.game.biases import SteadyMeans
 from adadfq_plugin.game.generator import GeneratorPlayer
-from adadfq_plugin.game.pace import KEPT_OUT, Pace, make_plan
+from adadfq_plugin.game.pace import KEPT_OUT, ROUNDING, Pace, make_plan
 from adadfq_plugin.game.pool import ReplayPool, augment, mixed
 from adadfq_plugin.game.quantized import QuantizedPlayer, feature_weight, in_pieces
 from adadfq_plugin.game.rounding import round_weights
@@ -26,8 +26,6 @@ __all__ = ["Run"]
 
 ROUNDED = 64
 """Large images that the weights are rounded by: all of them go through the network at once."""
-ROUNDING = 0.1
-"""Share of the user's minutes after which no further layer's weights are rounded."""
 MEANS = 32
 """Images that tell the means of the layers' inputs."""
 PIECE = 4
@@ -44,7 +42,10 @@ class Run:
 
     def __init__(self, task: Task, *, views: bool = True) -> None:
         self.task, self.views = task, views
-        self.plan = make_plan(task.settings, task.teacher, task.prepared.lowest_bits, task.minutes)
+        prepared = task.prepared
+        self.plan = make_plan(
+            task.settings, task.teacher, prepared.lowest_bits, task.minutes, trains=prepared.trainable
+        )
         self.rng = torch.Generator().manual_seed(task.seed)
         self.pool = ReplayPool(2 * self.plan.samples, self.rng)
         self.held_out = torch.empty(0)
@@ -95,12 +96,16 @@ class Run:
         def draw() -> tuple[Tensor, Tensor, Mapping[str, float]]:
             pace = self.plan.pace("samples")
             made = player.kept(prior, pace)
-            self._refine = min(self._refine, pace.step)
+            lengths.append(pace.step)
             return made
 
+        lengths: list[int] = []
         with player.watching() as prior:
             self.fill(draw)
-        self._done.append(f"{self._refine} on each of its images themselves")
+        fewest, most = min(lengths), max(lengths)
+        self._refine = min(self._refine, fewest)
+        steps = f"{fewest} to {most}" if fewest < most else f"{most}"
+        self._done.append(f"{steps} on each of its images themselves")
 
     def fill(self, draw: Callable[[], tuple[Tensor, Tensor, Mapping[str, float]]]) -> None:
         """Draws batches of images, labels and figures until the pool is full; some of each judge Q's states instead."""

@@ -16,6 +16,7 @@ _PAPER: dict[str, Any] = {
     "batch_size": 16,
     "generator_batch_size": 16,
     "generator_interval": 1,
+    "generator_cooling": 1.0,
     "replay": False,
     "latent_dim": 100,
     "gamma": 1.0,
@@ -36,6 +37,11 @@ _PAPER: dict[str, Any] = {
 }
 
 
+def _stages(idle: int, *epochs: int) -> tuple[float, ...]:
+    """Where epochs of 400 lie in the steps of Q, who is idle in the first."""
+    return tuple(round((epoch - idle) / (400 - idle), 4) for epoch in epochs)
+
+
 class AdaDFQ:
     """Generator and quantized network play a zero-sum game between two boundaries."""
 
@@ -48,7 +54,7 @@ class AdaDFQ:
             "steps": 396 * 200,
             "warmup_steps": 4 * 200,
             "learning_rate": 1e-4,
-            "stages": (0.25, 0.5, 0.75),
+            "stages": _stages(4, 100, 200, 300),
             "temperature": 20.0,
         },
         "paper_resnet18": {
@@ -56,7 +62,7 @@ class AdaDFQ:
             "steps": 350 * 200,
             "warmup_steps": 50 * 200,
             "learning_rate": 1e-5,
-            "stages": (0.875,),
+            "stages": _stages(50, 350),
             "temperature": 5.0,
         },
         "paper_mobilenetv2": {
@@ -64,7 +70,7 @@ class AdaDFQ:
             "steps": 350 * 200,
             "warmup_steps": 50 * 200,
             "learning_rate": 1e-5,
-            "stages": (0.875,),
+            "stages": _stages(50, 350),
             "temperature": 5.0,
         },
         "paper_resnet50": {
@@ -72,7 +78,7 @@ class AdaDFQ:
             "steps": 350 * 200,
             "warmup_steps": 50 * 200,
             "learning_rate": 1e-4,
-            "stages": (0.375, 0.75),
+            "stages": _stages(50, 150, 300),
             "temperature": 5.0,
         },
     }

@@ -182,15 +182,20 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def environment() -> dict[str, Any]:
+def environment(device: str | None = None) -> dict[str, Any]:
     """Versions and machine: what a figure depends on besides the settings.
 
+    Args:
+        device: where the calibration ran; None: on the CPU.
+
     Example:
-        >>> sorted(environment())[:4]
-        ['cpu', 'cpu_capability', 'platform', 'python']
+        >>> sorted(environment())[:5]
+        ['cpu', 'cpu_capability', 'device', 'platform', 'python']
     """
+    where = torch.device(device or "cpu")
     return {
         "versions": {name: metadata.version(name) for name in _PACKAGES if _installed(name)},
+        "device": f"{where} ({torch.cuda.get_device_name(where)})" if where.type == "cuda" else str(where),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _cpu_name(),

@@ -32,7 +32,8 @@ def write(report: Report, folder: str | Path) -> None:
     values = report.as_dict()
     environment = _environment()
     summary, details = (
-        environment.get_template(f"{part}.md.j2").render(values) for part in ("summary", "details")
+        environment.get_template(f"{part}.md.j2").render(values, decibels=decibels(report.sqnr_db))
+        for part in ("summary", "details")
     )
     markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
     page = environment.get_template("report.html.j2").render(
@@ -98,6 +99,16 @@ def duration(seconds: float) -> str:
     """
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+
+
+def decibels(ratio: float | None) -> str:
+    """A ratio as people read it, also where JSON has no number for it.
+
+    Example:
+        >>> decibels(12.345), decibels(float("inf")), decibels(None)
+        ('12.3 dB', 'inf dB', 'not measured')
+    """
+    return "not measured" if ratio is None else f"{ratio:.1f} dB"
 
 
 def megabytes(count: int) -> str:

@@ -11,6 +11,7 @@ from zipfile import ZIP_DEFLATED, ZipFile
 
 import torch
 from torch import Tensor, nn
+from torch.ao.nn import quantized as nnq
 from torch.ao.quantization.quantize_fx import prepare_qat_fx
 from torch.fx import GraphModule
 
@@ -18,11 +19,11 @@ from adadfq_plugin.backends.fx.fake_quantize import LearnedFakeQuantize
 from adadfq_plugin.backends.fx.graphs import prepared_attributes
 from adadfq_plugin.backends.fx.kernels import best_engine, has_vnni, using_engine
 from adadfq_plugin.backends.fx.macs import integer_macs
-from adadfq_plugin.backends.fx.prepared import ENGINE, IN_FLOAT, FXPrepared
+from adadfq_plugin.backends.fx.prepared import ENGINE, IN_FLOAT, FXPrepared, copies_note
 from adadfq_plugin.backends.fx.qconfig import qconfig_mapping
 from adadfq_plugin.backends.fx.streams import REASON, normed_streams
 from adadfq_plugin.backends.fx.traceable import traceable
-from adadfq_plugin.backends.fx.trial import CallSite
+from adadfq_plugin.backends.fx.trial import COPIES, CallSite
 from adadfq_plugin.backends.fx.unquantizable import leave_in_float
 from adadfq_plugin.config import Scheme
 from adadfq_plugin.errors import DataError, ModelError, SettingsError, first_line
@@ -39,8 +40,12 @@ __all__ = [
 ]
 
 
+FUNCTIONAL = (nnq.FloatFunctional, nnq.FXFloatFunctional)
+
+
 def _is_converted(model: nn.Module) -> bool:
-    names = {type(module).__module__ for module in model.modules()}
+    # a float network may have torch.ao's functional modules in it
+    names = {type(module).__module__ for module in model.modules() if not isinstance(module, FUNCTIONAL)}
     return any(".nn.quantized" in name or ".intrinsic.quantized" in name for name in names)
 
 
@@ -102,7 +107,7 @@ class FXBackend:
                 setattr(prepared, name, copy.deepcopy(getattr(model, name)))
         prepared.meta["adadfq_input_size"] = tuple(input_size)
         prepared.meta[ENGINE] = engine
-        prepared.meta[IN_FLOAT] = list(_sentences(sites))
+        prepared.meta[IN_FLOAT] = [*_sentences(sites), *copies_note(len(traced.meta[COPIES]))]
         return prepared
 
     def open(self, prepared: nn.Module) -> FXPrepared:

@@ -135,9 +135,11 @@ def as_call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         name = f"__{name[3:]}"
     elif name.endswith("_") and not name.endswith("__"):
         name = name[:-1]
-        if not hasattr(torch.Tensor if is_method else torch, name):
+        homes = (torch.Tensor,) if is_method else (torch, F)
+        plain = next((getattr(home, name) for home in homes if hasattr(home, name)), None)
+        if plain is None:
             raise Refusal(f"{name}_() has no form that leaves its argument alone")
-        func = func if is_method else getattr(torch, name)
+        func = func if is_method else plain
     if kwargs and func in (torch.add, torch.mul, torch.matmul):
         # torch.ao lowers these without their keywords, be it alpha or other; their methods it leaves alone
         kwargs = dict(kwargs)
@@ -147,6 +149,8 @@ def as_call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         return Call("call_function", F.adaptive_avg_pool2d, (args[0], 1), {})
     if not is_method:
         return Call("call_function", func, *with_argument(func, args, kwargs, "inplace", False))
+    if name == "view" and not any(isinstance(each, torch.dtype) for each in (*args, *kwargs.values())):
+        name = "reshape"  # an integer convolution lays its channels last, where most views can't be
     if not kwargs and name in _OPERATORS and len(args) <= 2:
         return Call("call_function", _OPERATORS[name], args, {})
     if not kwargs and name in _REFLECTED:

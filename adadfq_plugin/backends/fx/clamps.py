@@ -35,7 +35,13 @@ def absorb_clamps(model: GraphModule) -> None:
         (clamp,) = node.users
         bounds = _bounds(model, clamp)
         again = list(clamp.users)
-        if bounds is None or len(again) != 1 or _quantizer(model, again[0]) is not quantizer:
+        # levels always include zero: bounds that don't would be lost
+        if (
+            bounds is None
+            or not bounds[0] <= 0 <= bounds[1]
+            or len(again) != 1
+            or _quantizer(model, again[0]) is not quantizer
+        ):
             continue
         if sum(_quantizer(model, other) is quantizer for other in model.graph.nodes) > 2:
             continue  # the levels are shared with a tensor that has no such bounds

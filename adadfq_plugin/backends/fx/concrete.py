@@ -222,12 +222,14 @@ class ConcreteTrace(TorchFunctionMode):
         name = found.name
         for suffix in range(1, 1000):
             present = self.attributes.get(name)
-            if present is None:
+            if name in self._leaf_names:  # a layer's, which may be called yet
+                pass
+            elif present is None:
                 self.attributes[name] = found.build()
                 # it is known by their ids, which must not become somebody else's
                 self._kept.extend(each for each in found.constants.values() if isinstance(each, Tensor))
                 break
-            if found.is_same(present):
+            elif found.is_same(present):
                 break
             name = f"{found.name}_{suffix}"
         return Call("call_module", name, (found.input,), {})

@@ -22,7 +22,7 @@ GROUPS = {"x86": 100, "fbgemm": 1, "onednn": 1 << 30}
 
 
 def has_vnni() -> bool:
-    """Whether this CPU adds 8-bit products in 32 bits (AVX-512 VNNI, AVX-VNNI)."""
+    """Whether this CPU adds 8-bit products in 32 bits, as far as torch can tell: by AVX-512 VNNI."""
     return bool(torch.cpu._is_vnni_supported())
 
 

@@ -43,7 +43,7 @@ from adadfq_plugin.hooks import capture_outputs, module_modes
 from adadfq_plugin.ranges import levels_that_fit
 from adadfq_plugin.sites import replace_module, sites, take_over
 
-__all__ = ["ENGINE", "IN_FLOAT", "FXPrepared"]
+__all__ = ["ENGINE", "IN_FLOAT", "FXPrepared", "copies_note"]
 
 ENGINE = "adadfq_engine"
 """Key of ``meta`` for the engine that a model was prepared for; without it, torch's current one."""
@@ -55,6 +55,24 @@ SUMS = (operator.add, torch.add, "add")
 AVERAGES = (*POOLINGS, torch.mean, "mean")
 
 
+def copies_note(count: int) -> list[str]:
+    """A sentence about layers that are called again, where there are any."""
+    what = "calls of layers have copies" if count > 1 else "call of a layer has a copy"
+    return [f"{count} repeated {what} of the weights: an integer layer has one scale of its output"] * bool(
+        count
+    )
+
+
+def _refuse_dynamic(prepared: GraphModule) -> None:
+    fakes = [(name, each) for name, each in prepared.named_modules() if isinstance(each, FakeQuantizeBase)]
+    dynamic = [name for name, each in fakes if getattr(each, "is_dynamic", False)]
+    if dynamic:
+        raise ModelError(
+            f"{dynamic[0]!r} takes the range of each batch as it comes (is_dynamic=True): no calibration reaches it; "
+            "prepare the model with a static configuration, or convert it as it is"
+        )
+
+
 class FXPrepared:
     """The private copy of one prepared model; see :class:`adadfq_plugin.contracts.Prepared`.
 
@@ -64,6 +82,7 @@ class FXPrepared:
     """
 
     def __init__(self, original: GraphModule, *, requantized: bool = True) -> None:
+        _refuse_dynamic(original)
         self._original = original
         self._calibrated = bool(original.meta.get(CALIBRATED))
         self.notes: list[str] = list(original.meta.get(IN_FLOAT, ()))
@@ -74,12 +93,9 @@ class FXPrepared:
         self.trainable = bool(prepared_attributes(original).is_qat)
         self.origins = separate_calls(self.module)
         """What module each copy was made of, by name; each call has a module of its own."""
-        copies = sum(any(True for _ in self.module.get_submodule(name).parameters()) for name in self.origins)
-        if copies:
-            what = "calls of layers have copies" if copies > 1 else "call of a layer has a copy"
-            self.notes.append(
-                f"{copies} repeated {what} of the weights: an integer layer has one scale of its output"
-            )
+        self.notes += copies_note(
+            sum(any(True for _ in self.module.get_submodule(name).parameters()) for name in self.origins)
+        )
         fold_batch_norm(self.module)
         if requantized:
             requantize(self.module)

@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.ao.quantization import QConfig, QConfigMapping, get_default_qat_qconfig_mapping
+import torch.nn.functional as F
+from torch import nn
+from torch.ao.quantization import MinMaxObserver, QConfig, QConfigMapping, get_default_qat_qconfig_mapping
 
 from adadfq_plugin.backends.fx.fake_quantize import LearnedFakeQuantize
 from adadfq_plugin.backends.fx.finishing import ADAPTIVE_AVERAGES
@@ -14,6 +16,11 @@ from adadfq_plugin.backends.fx.kernels import best_engine
 from adadfq_plugin.config import Scheme
 
 __all__ = ["qconfig_mapping"]
+
+TRANSPOSED = (
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
+)
 
 
 def qconfig_mapping(scheme: Scheme, *, float_modules: Iterable[str] = ()) -> QConfigMapping:
@@ -49,8 +56,11 @@ def qconfig_mapping(scheme: Scheme, *, float_modules: Iterable[str] = ()) -> QCo
         quant_min=lowest, quant_max=2 ** (bits - 1) - 1, dtype=torch.qint8, qscheme=torch.per_tensor_symmetric
     )
     mapping = QConfigMapping().set_global(QConfig(activation=activation, weight=weight))
-    for kind in (torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d):
+    for kind in TRANSPOSED:
         mapping.set_object_type(kind, QConfig(activation=activation, weight=transposed))
+    mapping.set_object_type(
+        nn.PReLU, QConfig(activation=activation, weight=MinMaxObserver.with_args(dtype=torch.quint8))
+    )
     default = get_default_qat_qconfig_mapping(engine)
     for operation, qconfig in default.object_type_qconfigs.items():
         if qconfig is not None and _has_fixed_range(qconfig):

@@ -25,7 +25,10 @@ from adadfq_plugin.backends.fx.prepared import FXPrepared
 from adadfq_plugin.contracts import Phase
 from adadfq_plugin.errors import first_line
 
-__all__ = ["JOINING", "CallSite", "numbered", "trial"]
+__all__ = ["COPIES", "JOINING", "CallSite", "numbered", "trial"]
+
+COPIES = "adadfq_copies"
+"""Key of ``meta`` for what module each copy was made of, by name; each call has a module of its own."""
 
 JOINING = (torch.cat, torch.concat, torch.stack)
 
@@ -96,9 +99,11 @@ def trial(traced: fx.GraphModule, mapping: QConfigMapping, images: Tensor) -> li
         opened.set_ranges("minmax")
         for place, step in enumerate(opened.steps()):  # other quantizers differ, whatever the images
             step.data += _APART * place
-        run = _Trial(cast(fx.GraphModule, opened.convert().eval()), opened.origins)
+        copies = traced.meta.get(COPIES, {})
+        origins = {**copies, **{name: copies.get(of, of) for name, of in opened.origins.items()}}
+        run = _Trial(cast(fx.GraphModule, opened.convert().eval()), origins)
         with contextlib.suppress(_Stopped):
-            run.run_nodes(images)
+            run.run_nodes(images.cpu())
     return run.sites
 
 
@@ -196,6 +201,8 @@ def _float_layer(module: nn.Module) -> Callable[..., Tensor] | None:
         if isinstance(module, kind):
             integer = cast(Any, module)
             return functools.partial(layer, integer, integer.weight().dequantize(), integer.bias())
+    if isinstance(module, nnq.PReLU):  # on some CPUs its kernel is wrong
+        return functools.partial(F.prelu, weight=module.weight.dequantize())
     for kind in type(module).__mro__:  # the others are subclasses of the layers in float
         if kind.__module__.startswith("torch.nn.modules.") and kind is not nn.Module:
             return functools.partial(cast(Any, kind).forward, module)
@@ -207,8 +214,10 @@ def _linear(layer: Any, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tenso
 
 
 def _convolution(layer: Any, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    function = F.conv1d if weight.ndim == 3 else F.conv2d
-    return function(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+    function, padding = F.conv1d if weight.ndim == 3 else F.conv2d, layer.padding
+    if layer.padding_mode != "zeros":
+        x, padding = F.pad(x, [by for by in reversed(padding) for _ in (0, 1)], layer.padding_mode), 0
+    return function(x, weight, bias, layer.stride, padding, layer.dilation, layer.groups)
 
 
 def _transposed(layer: Any, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
