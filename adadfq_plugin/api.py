@@ -64,7 +64,8 @@ class Result:
         warnings: what the user should look at.
         seconds: time of each phase.
         information: normalised information H' of the samples (N,), 1 where P and Q agree.
-        agreement: top-1 agreement of P and the fake-quantized Q on the samples, 0 to 1.
+        agreement: top-1 agreement of P and the fake-quantized Q on the samples, 0 to 1; of what Q converts to where
+            ``fidelity`` is None.
         sqnr_db: signal to quantization noise of Q's logits on the samples, in decibels.
         fidelity: top-1 agreement of the fake-quantized Q and what it converts to, on the samples, 0 to 1; None where
             the prepared model quantizes nothing before it is converted (``prepare_fx``, ``prepare_pt2e``).

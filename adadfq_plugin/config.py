@@ -100,7 +100,8 @@ class Settings(_Frozen):
     )
     learn_step_sizes: bool = Field(True, description="train the step sizes of weights and activations (LSQ)")
     keep_best: bool = Field(
-        True, description="leave Q's best state on samples kept from its training where its last one is worse"
+        True,
+        description="leave Q's best state on samples kept from its training if its last one is a fifth worse",
     )
 
     def model_post_init(self, _context: Any) -> None:
@@ -128,7 +129,8 @@ class GeneratorSettings(Settings):
     )
     refine_steps: Annotated[int, Field(ge=0)] | None = Field(
         None,
-        description="steps on each kept batch of images, by the priors' loss and the labels'; unset: from the bits",
+        description="steps on each kept batch of images, by the priors' loss and the labels'; unset: from the bits, half "
+        "as many without BatchNorm",
     )
     refine_rate: Rate = Field(
         0.025, description="learning rate of kept images (Adam), as a share of the range of valid pixels"

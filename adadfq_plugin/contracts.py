@@ -38,7 +38,7 @@ class Phase(enum.Enum):
     TRAIN = "train"
     """Fake quantization with gradients for weights, and for step sizes that require them; normalisation is frozen."""
     EVALUATE = "evaluate"
-    """Fake quantization exactly as the converted network computes it; ranges are fixed."""
+    """Fake quantization as the converted network computes it, ranges fixed; models of ``prepare_fx`` stay in float."""
 
 
 @runtime_checkable

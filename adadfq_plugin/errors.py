@@ -30,7 +30,7 @@ class UnknownNameError(SettingsError):
 
 
 class ModelError(AdaDFQError):
-    """A model that can't be calibrated: not prepared, already converted, NaN weights, no prior."""
+    """A model that can't be calibrated: not prepared, already converted, NaN weights, never trained."""
 
     exit_code = 3
 
@@ -52,7 +52,7 @@ class OutputError(AdaDFQError):
 
 
 class BrokenPluginError(AdaDFQError):
-    """A third-party entry point that fails to load; its distribution is named."""
+    """An entry point that fails to load, ours (`pt2e` without torchao) or another's; its distribution is named."""
 
     exit_code = 6
 

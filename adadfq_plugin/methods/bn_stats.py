@@ -16,7 +16,7 @@ class BNStats:
     """Samples with P's BatchNorm statistics; Q is not in the generator's loop."""
 
     name = "bn_stats"
-    summary = "generator trained on BatchNorm statistics alone, Q not in its loop (baseline)"
+    summary = "generator trained on BatchNorm statistics and labels, Q not in its loop (baseline)"
     settings = GeneratorSettings
     presets: Mapping[str, Mapping[str, Any]] = {}
 

@@ -20,7 +20,7 @@ class UniformNoise:
 
     def calibrate(self, task: Task) -> Outcome:
         """Shows the images to the observers."""
-        facts, count = task.teacher.facts, task.settings.range_samples
+        facts, count = task.teacher.facts, task.settings.samples or task.settings.range_samples
         rng = torch.Generator().manual_seed(task.seed)
         pixels = torch.rand(count, *facts.input_size, generator=rng)
         images = facts.normalize(pixels).to(task.device)
