@@ -129,8 +129,8 @@ class GeneratorSettings(Settings):
     )
     refine_steps: Annotated[int, Field(ge=0)] | None = Field(
         None,
-        description="steps on each kept batch of images, by the priors' loss and the labels'; unset: from the bits, half "
-        "as many without BatchNorm",
+        description="steps on each kept batch of images, by the priors' loss and the labels'; unset: from the bits, "
+        "half as many without BatchNorm",
     )
     refine_rate: Rate = Field(
         0.025, description="learning rate of kept images (Adam), as a share of the range of valid pixels"

@@ -810,3 +810,33 @@ def test_weights_alone_are_quantized() -> None:
     result = adadfq_plugin.calibrate(prepared, **TOLD)
     assert len(result.history.column("game", "loss")[0]) == 4
     faithful(prepared, models.images(8))
+
+
+class Made(nn.Module):
+    """Numbers that are made where the images are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, models.CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        ramp = torch.arange(x.shape[3], device=x.device).float().to(torch.float32)
+        return cast(Tensor, self.head((x * ramp).mean((2, 3)).float()))
+
+
+def test_graphs_go_where_their_input_is(tmp_path: Path) -> None:
+    backend, model, batch = PT2EBackend(), Made().eval(), models.images(16)
+    opened = backend.open(backend.prepare(model, models.SIZE, Scheme()))
+    models.observed(opened, batch)
+    with torch.no_grad(), opened.phase(Phase.EVALUATE):
+        fake, exact = opened.module(batch), model(batch)
+    assert (fake - exact).abs().mean() <= 0.05 * exact.std()
+    converted = opened.convert()
+    assert (converted(batch) - fake).abs().mean() <= 0.02 * fake.std()
+    backend.save(converted, batch[:1], tmp_path / "model.pt2")
+    torch.testing.assert_close(backend.load(tmp_path / "model.pt2")(batch), converted(batch))
+    elsewhere = batch.to("meta")
+    for network in (opened.module, opened.float_model()):
+        with torch.no_grad(), opened.phase(Phase.FLOAT):
+            assert network.to("meta")(elsewhere).device.type == "meta"

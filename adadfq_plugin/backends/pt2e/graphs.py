@@ -55,8 +55,30 @@ def plain_copy(model: GraphModule) -> GraphModule:
     for node in list(result.graph.nodes):
         if node.op == "call_module" and node.target == GUARDS:
             result.graph.erase_node(node)
+    _follow_input(result.graph)
     result.meta = dict(model.meta)
     return tidy(result)
+
+
+def _follow_input(graph: Graph) -> None:
+    """Makes tensors where the input is: exporting has written down the device that the example was on."""
+    source = next((node for node in graph.nodes if node.op == "placeholder"), None)
+    place: Node | None = None
+
+    def moved(value: Any) -> Any:
+        return place if isinstance(value, torch.device) else value
+
+    for node in list(graph.nodes):
+        if node.target is aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+        elif source is not None and any(
+            isinstance(each, torch.device) for each in (*node.args, *node.kwargs.values())
+        ):
+            if place is None:
+                with graph.inserting_after(source):
+                    place = graph.call_function(getattr, (source, "device"))
+            node.args = tuple(map(moved, node.args))
+            node.kwargs = {name: moved(each) for name, each in node.kwargs.items()}
 
 
 def tidy(model: GraphModule) -> GraphModule:
