@@ -840,3 +840,13 @@ def test_graphs_go_where_their_input_is(tmp_path: Path) -> None:
     for network in (opened.module, opened.float_model()):
         with torch.no_grad(), opened.phase(Phase.FLOAT):
             assert network.to("meta")(elsewhere).device.type == "meta"
+
+
+def test_what_torchao_breaks_is_refused_at_once() -> None:
+    """It takes a convolution in front of a BatchNorm for one that keeps statistics."""
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, track_running_stats=False), nn.Flatten(), nn.LazyLinear(5)
+    )
+    net(torch.zeros(2, *models.SIZE))
+    with pytest.raises(ModelError, match="torchao can't follow Sequential"):
+        PT2EBackend().prepare(net.eval(), models.SIZE, Scheme())

@@ -113,6 +113,8 @@ class PT2EBackend:
             _check(private, graph, example)
             notes, toolkit = dict(graph.meta), "torchao"
             prepared: GraphModule = prepare_qat_pt2e(graph, quantizer)
+            with torch.no_grad():  # a copy, whose observers may look
+                copy.deepcopy(prepared)(example)
         except ModelError:
             raise
         except Exception as error:  # whatever the toolkits raise
