@@ -842,11 +842,11 @@ def test_graphs_go_where_their_input_is(tmp_path: Path) -> None:
             assert network.to("meta")(elsewhere).device.type == "meta"
 
 
-def test_what_torchao_breaks_is_refused_at_once() -> None:
-    """It takes a convolution in front of a BatchNorm for one that keeps statistics."""
+def test_statistics_of_the_batch_are_refused_behind_a_convolution() -> None:
+    """Torchao takes the BatchNorm for one that keeps statistics."""
     net = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, track_running_stats=False), nn.Flatten(), nn.LazyLinear(5)
     )
     net(torch.zeros(2, *models.SIZE))
-    with pytest.raises(ModelError, match="torchao can't follow Sequential"):
+    with pytest.raises(ModelError, match="keeps no running statistics"):
         PT2EBackend().prepare(net.eval(), models.SIZE, Scheme())

@@ -20,7 +20,7 @@ except ImportError as error:
     raise ImportError("backend 'pt2e' needs torchao: pip install 'adadfq_plugin[pt2e]'") from error
 
 from adadfq_plugin.backends.pt2e.fake_quantize import LearnedFakeQuantize, belongs_to
-from adadfq_plugin.backends.pt2e.folding import absorb_eps
+from adadfq_plugin.backends.pt2e.folding import BATCH_NORM, CONVOLUTIONS, absorb_eps
 from adadfq_plugin.backends.pt2e.graphs import (
     is_exported,
     plain_copy,
@@ -110,11 +110,10 @@ class PT2EBackend:
             use_no_mutation(graph.graph)
             use_explicit_padding(graph.graph)
             absorb_eps(graph)
+            _refuse_batch_statistics(graph)
             _check(private, graph, example)
             notes, toolkit = dict(graph.meta), "torchao"
             prepared: GraphModule = prepare_qat_pt2e(graph, quantizer)
-            with torch.no_grad():  # a copy, whose observers may look
-                copy.deepcopy(prepared)(example)
         except ModelError:
             raise
         except Exception as error:  # whatever the toolkits raise
@@ -192,6 +191,16 @@ class PT2EBackend:
         except Exception as error:  # whatever torch's readers raise
             raise DataError(f"{path} is no converted model: {first_line(error)}") from error
         return loaded
+
+
+def _refuse_batch_statistics(graph: GraphModule) -> None:
+    """Refuses what torchao would take for BatchNorm with statistics of its own, and break."""
+    for norm in graph.graph.nodes:
+        if norm.target is BATCH_NORM and norm.args[4] is None and norm.args[0].target in CONVOLUTIONS:
+            raise ModelError(
+                f"a BatchNorm behind the convolution {norm.args[0].name!r} keeps no running statistics, so that an "
+                "image's answer depends on its batch: such a network can't be quantized"
+            )
 
 
 def _check(model: nn.Module, graph: GraphModule, like: Tensor) -> None:
