@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from adadfq_plugin.errors import ModelError
 from adadfq_plugin.ranges import SMALLEST_STEP, affine, search_range
 
-__all__ = ["LearnedQuantizer", "switched"]
+__all__ = ["LearnedQuantizer", "refuse_dynamic", "switched"]
 
 SAMPLE = 32768
 """Activations kept from each observed batch for the range search: of fewer, one large value may decide."""
@@ -306,6 +307,23 @@ class LearnedQuantizer(nn.Module):
                 else:
                     setattr(self, name, fresh)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def refuse_dynamic(named: Iterable[tuple[str, nn.Module]]) -> None:
+    """Refuses quantizers that take the range of each batch.
+
+    Args:
+        named: a toolkit's quantizers, by name.
+
+    Raises:
+        ModelError: the first that does, by name.
+    """
+    for name, each in named:
+        if getattr(each, "is_dynamic", False):
+            raise ModelError(
+                f"{name!r} takes the range of each batch as it comes (is_dynamic=True): no calibration reaches it; "
+                "prepare the model with a static configuration, or convert it as it is"
+            )
 
 
 @contextmanager

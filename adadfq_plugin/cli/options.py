@@ -214,13 +214,13 @@ def plan(values: Mapping[str, Any], config: Path | None) -> Plan:
         if not isinstance(table, dict):
             raise SettingsError(f"{config}: {section} must be a section, [{section}]")
         told[section].update(table)
-    of_file = told["settings"]
+    of_file, told["settings"] = told["settings"], {}
     if values.get("img_size") or values.get("input_size"):  # each says what the other says
         for name in ("img_size", "input_size"):
             told["network"].pop(name, None)
     for section, kind in SECTIONS.items():
         given = {name: values[name] for name in kind.model_fields if values.get(name) not in (None, (), "")}
-        told[section] = {**told[section], **given}
+        told[section].update(given)
     pairs = told["network"].get("model_kwargs", {})
     if not isinstance(pairs, dict):
         told["network"]["model_kwargs"] = dict(_pair(text) for text in pairs)
@@ -232,10 +232,9 @@ def plan(values: Mapping[str, Any], config: Path | None) -> Plan:
         from adadfq_plugin import api  # the help loads no torch
 
         known = api.methods().get(run.method).presets.get(preset, {})
-        for name in known.keys() & of_file.keys():
-            if told["settings"][name] is of_file[name]:
-                del told["settings"][name]
-    return Plan(network=network, run=run, scheme=build(Scheme, told["scheme"]), settings=told["settings"])
+        of_file = {name: value for name, value in of_file.items() if name not in known}
+    settings = {**of_file, **told["settings"]}
+    return Plan(network=network, run=run, scheme=build(Scheme, told["scheme"]), settings=settings)
 
 
 def _pair(text: str) -> tuple[str, Any]:

@@ -30,8 +30,6 @@ IN_MEMORY = 2**24
 class Layer:
     """A layer whose weight has just been quantized."""
 
-    name: str
-    """Of the weight's quantizer."""
     quantizer: LearnedQuantizer
     weight: nn.Parameter
     quantized: weakref.ref[Tensor]
@@ -55,9 +53,7 @@ class Layers(TorchFunctionMode):
         super().__init__()
         self._work = work
         self._found: dict[int, Layer] = {}
-        self._quantizers = {
-            module: name for name, module in network.named_modules() if isinstance(module, LearnedQuantizer)
-        }
+        self._quantizers = [module for module in network.modules() if isinstance(module, LearnedQuantizer)]
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
@@ -71,8 +67,7 @@ class Layers(TorchFunctionMode):
     def _note(self, quantizer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         if isinstance(inputs[0], nn.Parameter):
             assert isinstance(quantizer, LearnedQuantizer)
-            name = self._quantizers[quantizer]
-            self._found[id(output)] = Layer(name, quantizer, inputs[0], weakref.ref(output))
+            self._found[id(output)] = Layer(quantizer, inputs[0], weakref.ref(output))
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

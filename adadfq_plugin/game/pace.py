@@ -135,7 +135,7 @@ def make_plan(
             f"minutes = {minutes:g} has no say where {', '.join(sorted(names[phase] for phase in run))} are set, by a "
             "preset or by hand: set one of them to None, or leave out the minutes"
         )
-    apart = trains and settings.rounding == "compensated" and not {"game"} <= run - told
+    apart = trains and settings.rounding == "compensated" and "game" not in run - told
     rest = REST + ROUNDING * apart
     return Plan(batch, generator_batch, samples, warmup, steps, refine, minutes, rest, told, most)
 

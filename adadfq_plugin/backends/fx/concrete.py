@@ -222,14 +222,12 @@ class ConcreteTrace(TorchFunctionMode):
         name = found.name
         for suffix in range(1, 1000):
             present = self.attributes.get(name)
-            if name in self._leaf_names:  # a layer's, which may be called yet
-                pass
-            elif present is None:
+            free = present is None and name not in self._leaf_names  # a layer may be called yet
+            if free:
                 self.attributes[name] = found.build()
                 # it is known by their ids, which must not become somebody else's
                 self._kept.extend(each for each in found.constants.values() if isinstance(each, Tensor))
-                break
-            elif found.is_same(present):
+            if free or found.is_same(present):
                 break
             name = f"{found.name}_{suffix}"
         return Call("call_module", name, (found.input,), {})

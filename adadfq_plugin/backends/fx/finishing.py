@@ -90,9 +90,8 @@ def _observed_weight(layer: nn.Module) -> LearnedFakeQuantize | None:
     observer(weight)
     quantizer = LearnedFakeQuantize.like(observer)
     quantizer.fix(*observer.calculate_qparams())
-    _let_make(
-        layer, functools.partial(copy.deepcopy, copy.deepcopy(quantizer).cpu())
-    )  # where it is converted
+    where_converted = copy.deepcopy(quantizer).cpu()
+    _let_make(layer, functools.partial(copy.deepcopy, where_converted))
     return quantizer
 
 

@@ -38,7 +38,7 @@ from adadfq_plugin.backends.fx.kernels import GROUPS, adds_in_16_bits, has_vnni,
 from adadfq_plugin.backends.fx.levels import requantize
 from adadfq_plugin.contracts import Phase
 from adadfq_plugin.errors import ModelError
-from adadfq_plugin.fake_quantize import switched
+from adadfq_plugin.fake_quantize import refuse_dynamic, switched
 from adadfq_plugin.hooks import capture_outputs, module_modes
 from adadfq_plugin.ranges import levels_that_fit
 from adadfq_plugin.sites import replace_module, sites, take_over
@@ -63,16 +63,6 @@ def copies_note(count: int) -> list[str]:
     )
 
 
-def _refuse_dynamic(prepared: GraphModule) -> None:
-    fakes = [(name, each) for name, each in prepared.named_modules() if isinstance(each, FakeQuantizeBase)]
-    dynamic = [name for name, each in fakes if getattr(each, "is_dynamic", False)]
-    if dynamic:
-        raise ModelError(
-            f"{dynamic[0]!r} takes the range of each batch as it comes (is_dynamic=True): no calibration reaches it; "
-            "prepare the model with a static configuration, or convert it as it is"
-        )
-
-
 class FXPrepared:
     """The private copy of one prepared model; see :class:`adadfq_plugin.contracts.Prepared`.
 
@@ -82,7 +72,8 @@ class FXPrepared:
     """
 
     def __init__(self, original: GraphModule, *, requantized: bool = True) -> None:
-        _refuse_dynamic(original)
+        modules = original.named_modules()
+        refuse_dynamic((name, each) for name, each in modules if isinstance(each, FakeQuantizeBase))
         self._original = original
         self._calibrated = bool(original.meta.get(CALIBRATED))
         self.notes: list[str] = list(original.meta.get(IN_FLOAT, ()))

@@ -25,7 +25,7 @@ from adadfq_plugin.backends.pt2e.graphs import (
 )
 from adadfq_plugin.contracts import Phase
 from adadfq_plugin.errors import ModelError
-from adadfq_plugin.fake_quantize import switched
+from adadfq_plugin.fake_quantize import refuse_dynamic, switched
 from adadfq_plugin.hooks import capture_outputs
 from adadfq_plugin.sites import replace_module, sites, take_over
 
@@ -88,7 +88,7 @@ class PT2EPrepared:
         self.trainable = bool(original.meta[ATTRIBUTES].is_qat)
         self.module: GraphModule = plain_copy(original)
         self._refuse_nothing_quantized()
-        self._refuse_dynamic()
+        refuse_dynamic(self.module.named_modules())
         use_eval_mode(self.module)
         fold_batch_norm(self.module)
         use_no_mutation(self.module.graph)
@@ -111,14 +111,6 @@ class PT2EPrepared:
             raise ModelError(
                 "the prepared model quantizes nothing: its Quantizer annotates none of its operators; prepare it "
                 "with a Quantizer for convolutions and linear layers"
-            )
-
-    def _refuse_dynamic(self) -> None:
-        dynamic = [name for name, each in self.module.named_modules() if getattr(each, "is_dynamic", False)]
-        if dynamic:
-            raise ModelError(
-                f"{dynamic[0]!r} takes the range of each batch as it comes (is_dynamic=True): no calibration "
-                "reaches it; prepare the model with a static configuration, or convert it as it is"
             )
 
     def _refuse_fixed_batch(self) -> None:
