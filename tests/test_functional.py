@@ -129,6 +129,19 @@ class TestTwins:
         constant = torch.full((3, 1001), 0.1)  # the mean of which is rounded
         assert functional.feature_loss([constant], [torch.zeros(3, 1001)]).item() == 0
 
+    @pytest.mark.parametrize("ours", [torch.contiguous_format, torch.channels_last])
+    @pytest.mark.parametrize("others", [torch.contiguous_format, torch.channels_last])
+    def test_features_in_any_layout(
+        self, rng: np.random.Generator, ours: torch.memory_format, others: torch.memory_format
+    ) -> None:
+        p, q = (rng.normal(size=(2, 3, 4, 5)) for _ in range(2))
+        of_q = t(q).contiguous(memory_format=ours).requires_grad_(True)
+        loss = functional.feature_loss([t(p).contiguous(memory_format=others)], [of_q])
+        assert loss.item() == approx(twins.feature_loss([p], [q]))
+        (gradient,) = torch.autograd.grad(loss, of_q)
+        assert gradient.is_contiguous(memory_format=ours)
+        torch.testing.assert_close(gradient, 2 * (of_q - t(p)).detach() / p.size / t(p).var(correction=0))
+
     def test_total_variation(self, rng: np.random.Generator) -> None:
         images = rng.normal(size=(2, 3, 5, 4))
         assert functional.total_variation(t(images)).item() == approx(twins.total_variation(images))
