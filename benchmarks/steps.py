@@ -3,9 +3,9 @@
     python benchmarks/steps.py --networks resnet20 tf_efficientnet_lite0
 
 Plainly means: torch's own learned fake-quantize kernels; P with gradients for its weights, as a network has that nobody
-froze; and for Q the quantization-aware modules of torch.ao's default QConfig, with BatchNorm inside the convolutions.
-What is measured are medians of forward and backward passes on one batch; memory is what autograd keeps from the one to
-the other.
+froze; and for Q the quantization-aware modules of torch.ao's default QConfig, with BatchNorm inside the convolutions
+and activations matched by ``F.mse_loss``. What is measured are medians of forward and backward passes on one batch;
+memory is what autograd keeps from the one to the other.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from typing import Any
 
 import rulers
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.ao.quantization import get_default_qat_qconfig_mapping
+from torch.ao.quantization import disable_fake_quant, disable_observer, get_default_qat_qconfig_mapping
 from torch.ao.quantization.quantize_fx import prepare_qat_fx
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.benchmark import Timer
@@ -32,10 +33,12 @@ from adadfq_plugin.config import AdaDFQSettings
 from adadfq_plugin.contracts import Phase, Prepared
 from adadfq_plugin.facts import find_facts
 from adadfq_plugin.fake_quantize import LearnedQuantizer
+from adadfq_plugin.functional import kl_divergence_loss
 from adadfq_plugin.game.generator import GeneratorPlayer
 from adadfq_plugin.game.pace import Pace
 from adadfq_plugin.game.quantized import QuantizedPlayer
-from adadfq_plugin.hooks import capture_inputs, fork_rng
+from adadfq_plugin.game.run import PIECE
+from adadfq_plugin.hooks import capture_inputs, capture_outputs, fork_rng
 from adadfq_plugin.teacher import Teacher, make_teacher
 
 Step = Callable[[], Any]
@@ -105,12 +108,9 @@ def of_quantizers(opened: Prepared, images: Tensor) -> Iterator[Part]:
         yield Part(f"fake quantizers of {name}, forward and backward", here, plain)
 
 
-def of_quantized(opened: Prepared, model: nn.Module, size: tuple[int, int, int], images: Tensor) -> Part:
+def of_quantized(opened: Prepared, plain: nn.Module, images: Tensor) -> Part:
     """Q with its quantizers."""
-    ours = [*opened.weights(), *opened.steps()]
-    mapping = get_default_qat_qconfig_mapping("x86")
-    plain: Any = prepare_qat_fx(traceable(model, size).train(), mapping, (images[:2],))
-    theirs = list(plain.parameters())
+    ours, theirs = [*opened.weights(), *opened.steps()], list(plain.parameters())
 
     def here() -> None:
         with opened.phase(Phase.TRAIN):
@@ -131,6 +131,32 @@ def of_update(learner: QuantizedPlayer) -> Part:
         adam.step()
 
     return Part("Q's update", lambda: learner.update(list(gradients)), plain)
+
+
+def of_lesson(learner: QuantizedPlayer, plain: nn.Module, images: Tensor, size: int | None) -> Part:
+    """All of a step of Q: what P answers, both losses, their gradients, and the update."""
+    teacher = copy.deepcopy(plain).apply(disable_observer).apply(disable_fake_quant)
+    names = [name for name, _ in plain.named_children() if name.startswith("activation_post_process")]
+    adam = torch.optim.Adam(plain.parameters(), lr=0.0)
+
+    def here() -> None:
+        with learner.learning():
+            learner.learn(images, size)
+
+    def theirs() -> None:
+        adam.zero_grad()
+        with (
+            capture_outputs({name: teacher.get_submodule(name) for name in names}) as of_p,
+            capture_outputs({name: plain.get_submodule(name) for name in names}) as of_q,
+        ):
+            with torch.no_grad():
+                z_p = teacher(images)
+            loss = kl_divergence_loss(z_p, plain(images), temperature=learner.settings.temperature)
+        hints = [F.mse_loss(of_q[name], of_p[name]) / of_p[name].var() for name in of_q]
+        (loss + torch.stack(hints).mean()).backward()
+        adam.step()
+
+    return Part("a step of Q, all of it", here, theirs)
 
 
 def kept(step: Step) -> float:
@@ -176,8 +202,12 @@ def parts(name: str, bits: int) -> Iterator[Part]:
     yield of_generator(player)
     yield of_teacher(teacher, images)
     yield from of_quantizers(opened, images)
-    yield of_quantized(opened, model, known.input_size, images)
-    yield of_update(QuantizedPlayer(opened, teacher, settings, Pace(1)))
+    mapping = get_default_qat_qconfig_mapping("x86")
+    plain: Any = prepare_qat_fx(traceable(model, known.input_size).train(), mapping, (images[:2],))
+    yield of_quantized(opened, plain, images)
+    learner = QuantizedPlayer(opened, teacher, settings, Pace(1))  # before its first step: at a rate of zero
+    yield of_update(learner)
+    yield of_lesson(learner, plain, images, PIECE if known.large else None)
 
 
 def main() -> None:

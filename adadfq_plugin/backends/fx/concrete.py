@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from adadfq_plugin.backends.fx.arguments import BatchInt, has_tensors, leaves, map_leaves, plain, tensors
 from adadfq_plugin.backends.fx.calls import (
     READS_VALUES,
     Call,
@@ -34,47 +35,7 @@ from adadfq_plugin.backends.fx.calls import (
 )
 from adadfq_plugin.backends.fx.lift import lift
 
-__all__ = ["BatchInt", "ConcreteTrace"]
-
-
-class BatchInt(int):
-    """A size that depends on the batch: its value in this run, its value in the twin run, and its node."""
-
-    trace: "ConcreteTrace"
-    node: fx.Node
-    twin: int
-
-    @classmethod
-    def make(cls, trace: "ConcreteTrace", node: fx.Node, value: int, twin: int) -> "BatchInt":
-        """Return ``value`` as a batch-dependent number of ``trace``."""
-        self = cls(value)
-        self.trace, self.node, self.twin = trace, node, twin
-        return self
-
-    def __int__(self) -> int:
-        raise Refusal("int() makes a constant of the batch size")
-
-    def __float__(self) -> float:
-        raise Refusal("float() makes a constant of the batch size")
-
-
-def _arithmetic(function: Callable[..., Any], reflected: bool) -> Callable[..., Any]:
-    def method(self: BatchInt, *others: Any) -> Any:
-        args = (*others, self) if reflected else (self, *others)
-        if not all(isinstance(other, (int, float)) for other in others):
-            return NotImplemented
-        return self.trace.arithmetic(function, args)
-
-    return method
-
-
-for _name in ("add", "sub", "mul", "floordiv", "truediv", "mod", "pow"):
-    setattr(BatchInt, f"__{_name}__", _arithmetic(getattr(operator, _name), reflected=False))
-    setattr(BatchInt, f"__r{_name}__", _arithmetic(getattr(operator, _name), reflected=True))
-for _name in ("neg", "eq", "ne", "lt", "le", "gt", "ge"):
-    setattr(BatchInt, f"__{_name}__", _arithmetic(getattr(operator, _name), reflected=False))
-BatchInt.__bool__ = _arithmetic(bool, reflected=False)  # type: ignore[method-assign]
-BatchInt.__hash__ = int.__hash__  # type: ignore[method-assign]  # a class with its own __eq__ has none
+__all__ = ["ConcreteTrace"]
 
 
 @dataclass
@@ -183,12 +144,12 @@ class ConcreteTrace(TorchFunctionMode):
                 return args[0]
         if func.__name__ in READS_VALUES:
             raise Refusal(f"{func.__name__}() reads the values of a tensor that depends on the input")
-        if not _tensors((args, kwargs)):
+        if not tensors((args, kwargs)):
             created = (self._input, func.__name__, *args)
             call = Call("call_function", create_beside, created, kwargs, wrapped=True)
         else:
             call = self._lifted(func, args, kwargs) or as_call(func, args, kwargs)
-            if call.op == "call_method" and not self._is_tracked(_tensors(call.args)):
+            if call.op == "call_method" and not self._is_tracked(tensors(call.args)):
                 named = (call.args[0], call.target, *call.args[1:])
                 call = Call("call_function", on_constant, named, call.kwargs, wrapped=True)
         return self._record(call, functools.partial(func, *args, **kwargs))
@@ -200,11 +161,11 @@ class ConcreteTrace(TorchFunctionMode):
             constant = isinstance(leaf, Tensor) and leaf.numel() == 1 and leaf not in self._tracked
             return leaf.item() if constant else leaf
 
-        return _map(value, number)
+        return map_leaves(value, number)
 
     def arithmetic(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """Apply ``function`` to numbers of which at least one is a `BatchInt`."""
-        value, twin = function(*map(_plain, args)), function(*map(self._to_twins, args))
+        value, twin = function(*map(plain, args)), function(*map(self._to_twins, args))
         if type(value) is bool and value != twin:
             raise Refusal(f"the Python code takes another path for another batch size ({function.__name__})")
         if value == twin:
@@ -248,7 +209,7 @@ class ConcreteTrace(TorchFunctionMode):
 
         if call.assigns:
             self._track(call.args[0], node(), twin)
-        elif not _is_tensors(result):
+        elif not has_tensors(result):
             return self._number(result, twin, node, str(call.target))
         elif not self._is_same(result, call):
             # An in-place call returns its argument, which from here on stands for the new node.
@@ -290,7 +251,7 @@ class ConcreteTrace(TorchFunctionMode):
                     self._track(element, self.graph.call_function(operator.getitem, (node, i)), twin_element)
 
     def _is_tracked(self, value: Any) -> bool:
-        return any(isinstance(leaf, BatchInt) or leaf in self._tracked for leaf in _leaves(value))
+        return any(isinstance(leaf, BatchInt) or leaf in self._tracked for leaf in leaves(value))
 
     def _is_same(self, result: Any, call: Call) -> bool:
         """Whether the call has done nothing, like a conversion to the type or place that the tensor has already."""
@@ -300,10 +261,10 @@ class ConcreteTrace(TorchFunctionMode):
         return tracked is not None and tracked.version == result._version
 
     def _to_nodes(self, value: Any) -> Any:
-        return _map(value, self._node)
+        return map_leaves(value, self._node)
 
     def _to_twins(self, value: Any) -> Any:
-        return _map(value, self._twin)
+        return map_leaves(value, self._twin)
 
     def _twin(self, leaf: Any) -> Any:
         if isinstance(leaf, BatchInt):
@@ -358,43 +319,3 @@ def _run(op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         return target(*args, **kwargs)
     finally:
         target.inplace = True
-
-
-def _plain(value: Any) -> Any:
-    return int.__index__(value) if isinstance(value, BatchInt) else value
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return [leaf for leaf in _leaves(value) if isinstance(leaf, Tensor)]
-
-
-def _is_tensors(value: Any) -> bool:
-    if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
-        return any(_is_tensors(element) for element in value)
-    return isinstance(value, Tensor)
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    """Yield the tensors and batch-dependent numbers in nested arguments."""
-    if isinstance(value, (Tensor, BatchInt)):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for element in value:
-            yield from _leaves(element)
-    elif isinstance(value, dict):
-        yield from _leaves(list(value.values()))
-    elif isinstance(value, slice):
-        yield from _leaves((value.start, value.stop, value.step))
-
-
-def _map(value: Any, function: Callable[[Any], Any]) -> Any:
-    """Return nested arguments with ``function`` applied to their leaves."""
-    if isinstance(value, list):
-        return [_map(element, function) for element in value]
-    if isinstance(value, tuple):
-        return tuple(_map(element, function) for element in value)
-    if isinstance(value, dict):
-        return {key: _map(element, function) for key, element in value.items()}
-    if isinstance(value, slice):
-        return slice(_map(value.start, function), _map(value.stop, function), _map(value.step, function))
-    return function(value)

@@ -1,9 +1,8 @@
-"""Exact rewrites of a prepared FX model: a module for each call, BatchNorm folded, and the way back to float."""
+"""Exact rewrites of a prepared FX model: padding in numbers, BatchNorm folded, and the way back to float."""
 
 from __future__ import annotations
 
 import copy
-import itertools
 from typing import Any, cast
 
 import torch
@@ -14,10 +13,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
-from adadfq_plugin.backends.fx.graphs import is_quantizer, module_of, quantizer_nodes
+from adadfq_plugin.backends.fx.graphs import is_quantizer, quantizer_nodes
 from adadfq_plugin.sites import replace_module, sites
 
-__all__ = ["float_copy", "fold_batch_norm", "number_padding", "separate_calls"]
+__all__ = ["float_copy", "fold_batch_norm", "number_padding"]
 
 # fused and folded class of each QAT class that still holds a BatchNorm
 FOLDED: dict[type[nn.Module], tuple[type[nn.Module], type[nn.Module]]] = {
@@ -58,35 +57,6 @@ def number_padding(model: nn.Module) -> None:
             module.padding = (0,) * len(sides)
         elif not any(side % 2 for side in sides):
             module.padding = tuple(side // 2 for side in sides)
-
-
-def separate_calls(model: GraphModule) -> dict[str, str]:
-    """Gives each further quantized call of a module a copy of its own, in place.
-
-    torch.ao keeps one scale of the output in an integer module, whatever number of quantizers stand behind its calls.
-
-    Args:
-        model: a prepared model.
-
-    Returns:
-        the name of the module that each copy was made of.
-    """
-    names, quantizers = {path for path, _ in sites(model)}, set(quantizer_nodes(model))
-    called: set[int] = set()
-    origins: dict[str, str] = {}
-    for node in model.graph.nodes:
-        module = module_of(model, node)
-        if module is None or is_quantizer(module) or quantizers.isdisjoint(node.users):
-            continue
-        if id(module) in called:
-            path = str(node.target)
-            name = next(name for i in itertools.count(1) if (name := f"{path}_{i}") not in names)
-            names.add(name)
-            replace_module(model, name, copy.deepcopy(module))
-            node.target, origins[name] = name, path
-        called.add(id(module))
-    model.recompile()
-    return origins
 
 
 def _plain(module: nn.Module, kind: type[nn.Module]) -> nn.Module:

@@ -1,8 +1,11 @@
-"""Prepared FX graphs: torch.ao's notes on them, their modules, and what their nodes call."""
+"""FX graphs: torch.ao's notes on prepared ones, their modules, and what their nodes call."""
 
 from __future__ import annotations
 
+import copy
+import itertools
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +14,8 @@ from torch import nn
 from torch.ao.quantization.fake_quantize import FakeQuantizeBase
 from torch.ao.quantization.observer import ObserverBase
 from torch.fx import GraphModule, Node
+
+from adadfq_plugin.sites import replace_module, sites
 
 __all__ = [
     "ATTRIBUTES",
@@ -22,6 +27,7 @@ __all__ = [
     "module_of",
     "prepared_attributes",
     "quantizer_nodes",
+    "separate_calls",
 ]
 
 ATTRIBUTES = "_observed_graph_module_attrs"
@@ -75,3 +81,30 @@ def quantizer_nodes(model: GraphModule) -> list[Node]:
     """The calls of observers and fake quantizers of activations."""
     modules = ((node, module_of(model, node)) for node in model.graph.nodes)
     return [node for node, module in modules if module is not None and is_quantizer(module)]
+
+
+def separate_calls(model: GraphModule, concerned: Callable[[Node, nn.Module], bool]) -> dict[str, str]:
+    """Gives each further call of a module a copy of its own, in place.
+
+    Args:
+        model: a float or a prepared model.
+        concerned: whether a call of a module counts; the others share the module still.
+
+    Returns:
+        the name of the module that each copy was made of.
+    """
+    names, seen = {path for path, _ in sites(model)}, set[nn.Module]()
+    origins: dict[str, str] = {}
+    for node in model.graph.nodes:
+        module = module_of(model, node)
+        if module is None or not concerned(node, module):
+            continue
+        if module in seen:
+            path = str(node.target)
+            name = next(name for i in itertools.count(1) if (name := f"{path}_{i}") not in names)
+            names.add(name)
+            replace_module(model, name, copy.deepcopy(module))
+            node.target, origins[name] = name, path
+        seen.add(module)
+    model.recompile()
+    return origins

@@ -24,14 +24,16 @@ from adadfq_plugin.backends.fx.finishing import (
     settle_weights,
     weighted,
 )
-from adadfq_plugin.backends.fx.folding import float_copy, fold_batch_norm, number_padding, separate_calls
+from adadfq_plugin.backends.fx.folding import float_copy, fold_batch_norm, number_padding
 from adadfq_plugin.backends.fx.graphs import (
     ATTRIBUTES,
     INTEGER,
     called,
+    is_quantizer,
     module_of,
     prepared_attributes,
     quantizer_nodes,
+    separate_calls,
 )
 from adadfq_plugin.backends.fx.inference import as_inference
 from adadfq_plugin.backends.fx.kernels import GROUPS, adds_in_16_bits, has_vnni, using_engine
@@ -82,7 +84,11 @@ class FXPrepared:
         as_inference(self.module)
         number_padding(self.module)
         self.trainable = bool(prepared_attributes(original).is_qat)
-        self.origins = separate_calls(self.module)
+        quantizers = set(quantizer_nodes(self.module))
+        # torch.ao keeps one scale of the output in an integer module, however many quantizers stand behind its calls
+        self.origins = separate_calls(
+            self.module, lambda node, module: not (quantizers.isdisjoint(node.users) or is_quantizer(module))
+        )
         """What module each copy was made of, by name; each call has a module of its own."""
         self.notes += copies_note(
             sum(any(True for _ in self.module.get_submodule(name).parameters()) for name in self.origins)

@@ -6,16 +6,16 @@ quantization parameters, or differs from the same call computed in floating poin
 """
 
 import copy
-import itertools
 import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 from torch.ao.quantization import QConfigMapping
 
 from adadfq_plugin.backends.fx.calls import in_float
+from adadfq_plugin.backends.fx.graphs import separate_calls
 from adadfq_plugin.backends.fx.levels import has_fixed_levels
 from adadfq_plugin.backends.fx.traceable import INPUT_SIZE, KEPT_ATTRIBUTES
 from adadfq_plugin.backends.fx.trial import COPIES, JOINING, CallSite, numbered, trial
@@ -139,27 +139,6 @@ def _divides(call: fx.Node, by: fx.Node) -> bool:
     return call.target is operator.truediv and call.args[1] is by
 
 
-def _copy_repeated(model: fx.GraphModule, in_float: set[str]) -> dict[str, str]:
-    """Give each further call of a layer a copy of the layer, and return what each copy is a copy of, by name.
-
-    torch.ao fuses by the module: the BatchNorm or the ReLU behind the last call would be that of every call.
-    """
-    called: set[nn.Module] = set()
-    copies: dict[str, str] = {}
-    for node in model.graph.nodes:
-        name = str(node.target)
-        if node.op != "call_module" or name in in_float:
-            continue
-        module = model.get_submodule(name)
-        if module in called and any(True for _ in module.parameters()):
-            taken = {path for path, _ in model.named_modules()}
-            fresh = next(new for i in itertools.count(1) if (new := f"{name}_{i}") not in taken)
-            model.add_submodule(fresh, copy.deepcopy(module))
-            node.target, copies[fresh] = fresh, name
-        called.add(module)
-    return copies
-
-
 def _without(
     sites: list[CallSite], traced: fx.GraphModule, mapping: QConfigMapping
 ) -> tuple[fx.GraphModule, QConfigMapping]:
@@ -174,7 +153,14 @@ def _without(
     for site in sites:
         if site.op == "call_module":
             mapping.set_module_name(site.target, None)
-    result.meta[COPIES] = _copy_repeated(result, {site.target for site in sites})
+    in_float_modules = {site.target for site in sites}
+    # torch.ao fuses by the module: the BatchNorm or the ReLU behind the last call would be that of every call
+    result.meta[COPIES] = separate_calls(
+        result,
+        lambda node, module: (
+            str(node.target) not in in_float_modules and any(True for _ in module.parameters())
+        ),
+    )
     hidden = {site.place for site in sites}
     for node, target, index in numbered(graph):
         if node.op != "call_module" and {(node.op, target, None), (node.op, target, index)} & hidden:
