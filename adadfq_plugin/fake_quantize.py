@@ -190,7 +190,7 @@ class LearnedQuantizer(nn.Module):
         self.quant_min, self.quant_max = quant_min, quant_max
 
     def forward(self, X: Tensor) -> Tensor:
-        observing, quantizing = self.observer_enabled[0] == 1, self.fake_quant_enabled[0] == 1
+        observing, quantizing = bool(self.observer_enabled), bool(self.fake_quant_enabled)
         if self.limits is not None and (observing or not quantizing):
             X = X.clamp(*self.limits)
         if observing:

@@ -175,7 +175,7 @@ def test_figures_do_not_feed_the_observers(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 class Functional(nn.Module):
-    """What torch.ao converts to something else (a scaled sum), or not at all (a convolution without a bias)."""
+    """What torch.ao converts to something else (a scaled sum), or not at all (a computed weight without a bias)."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ class Functional(nn.Module):
     def forward(self, x: torch.Tensor) -> Any:
         x = self.bn(self.conv(x)).relu()
         x = torch.add(x, x.roll(1, 3), alpha=0.1) if self.kind == "sum" else x
-        x = nn.functional.conv2d(x, self.weight, padding=1) if self.kind == "convolution" else x
+        x = nn.functional.conv2d(x, self.weight.tanh(), padding=1) if self.kind == "convolution" else x
         return self.linear(x.mean((2, 3)))
 
 

@@ -189,6 +189,54 @@ def test_without_vnni_observed_weights_are_narrowed(
     assert levels_of_weights(converted) == {(-64, 63)}
 
 
+class Functional(nn.Module):
+    """Layers without modules: one weight read twice, and one that is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.weight, self.bias = nn.Parameter(torch.randn(8, 8, 3, 3) / 8), nn.Parameter(torch.randn(8) / 8)
+        self.computed, self.head = nn.Parameter(torch.randn(8, 8, 1, 1)), nn.Parameter(torch.randn(10, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn(self.conv(x)))
+        x = F.relu(F.conv2d(x, self.weight, self.bias, padding=1))
+        x = F.conv2d(x, self.weight, bias=self.bias, padding="same")
+        x = F.conv2d(x, self.computed - self.computed.mean(), None, (1, 1), (0, 0), (1, 1), 1)
+        return F.linear(x.mean((2, 3)), self.head)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_functional_layers_are_layers(trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.ao has the quantizers of their weights among those of the activations."""
+    monkeypatch.setattr(prepared_module, "has_vnni", lambda: False)
+    model, batch = Functional().eval(), models.images(128)
+    mapping = users_mapping(8, observers=not trained)
+    prepared = (
+        prepare_qat_fx(copy.deepcopy(model).train(), mapping, EXAMPLE)
+        if trained
+        else prepare_fx(copy.deepcopy(model), mapping, EXAMPLE)
+    )
+    opened = FXBackend().open(prepared)
+    models.observed(opened, batch)
+    with torch.no_grad():
+        exact, converted = model(batch), opened.convert()
+        assert (converted(batch) - exact).abs().mean() <= 0.06 * exact.std()
+        if trained:
+            with opened.phase(Phase.EVALUATE):
+                assert (converted(batch) - opened.module(batch)).abs().mean() <= 0.005 * exact.std()
+    names = {type(each).__name__ for each in converted.modules()}
+    assert {"ConvReLU2d", "Conv2d", "Linear"} <= names
+    assert levels_of_weights(converted) == {(-64, 63)}
+    if trained:
+        assert [note for note in opened.notes if note.startswith("4 layers have 7-bit weights")]
+        with opened.phase(Phase.EVALUATE), opened.activations() as seen, torch.no_grad():
+            opened.module(batch)
+        assert not any(
+            each.shape == weight.shape for each in seen.values() for weight in opened.weights()[3:]
+        )
+
+
 def test_channels_with_gamma_zero_convert() -> None:
     model = models.trained()
     with torch.no_grad():

@@ -125,7 +125,7 @@ def feature_loss(features_p: Sequence[Tensor], features_q: Sequence[Tensor]) -> 
         raise ValueError(
             f"features_q must hold as many layers as features_p, {len(features_p)}; got {len(features_q)}"
         )
-    losses = []
+    errors, signals, means = [], [], []
     for layer, (p, q) in enumerate(zip(features_p, features_q, strict=True)):
         where = f"features_p[{layer}]"
         p = upcast(where, p)
@@ -136,7 +136,9 @@ def feature_loss(features_p: Sequence[Tensor], features_q: Sequence[Tensor]) -> 
             # mse_loss gives the gradient in the order of the shape; in another than q's all steps back are slower
             p, q = p.permute(0, 2, 3, 1), q.permute(0, 2, 3, 1)
         mean = p.mean()
-        signal = F.mse_loss(p, mean.expand_as(p))  # a third of the time of torch.var
-        flat = signal <= (_FLAT_ULPS * torch.finfo(p.dtype).eps * mean).square()
-        losses.append(F.mse_loss(q, p) / signal.masked_fill(flat, 1) * ~flat)
-    return torch.stack(losses).mean()
+        means.append(mean)
+        signals.append(F.mse_loss(p, mean.expand_as(p)))  # a third of the time of torch.var
+        errors.append(F.mse_loss(q, p))
+    error, signal, mean = map(torch.stack, (errors, signals, means))
+    flat = signal <= (_FLAT_ULPS * torch.finfo(signal.dtype).eps * mean).square()
+    return (error / signal.masked_fill(flat, 1) * ~flat).mean()

@@ -43,6 +43,7 @@ def settle_weights(model: GraphModule, trainable: bool) -> None:
     """Weights beyond the last level: torch.ao's integer type would give them levels of their own. Ties: see settled."""
     layers = list(model.modules())
     fused = {weighted(layer) for layer in layers if weighted(layer) is not layer}
+    found: list[tuple[LearnedFakeQuantize, nn.Parameter]] = []
     for layer in layers:
         module = weighted(layer)
         quantizer = getattr(module, "weight_fake_quant", None)
@@ -50,7 +51,9 @@ def settle_weights(model: GraphModule, trainable: bool) -> None:
             quantizer = _observed_weight(layer)
         weight = getattr(module, "weight", None)
         if isinstance(quantizer, LearnedFakeQuantize) and isinstance(weight, nn.Parameter):
-            weight.data.copy_(quantizer.settled(weight))
+            found.append((quantizer, weight))
+    for quantizer, weight in found:  # all are observed by now: layers may share a weight
+        weight.data.copy_(quantizer.settled(weight))
 
 
 def weighted(layer: nn.Module | None) -> nn.Module | None:

@@ -25,6 +25,7 @@ from adadfq_plugin.backends.fx.finishing import (
     weighted,
 )
 from adadfq_plugin.backends.fx.folding import float_copy, fold_batch_norm, number_padding
+from adadfq_plugin.backends.fx.functional_layers import LAYERS, lift_functions
 from adadfq_plugin.backends.fx.graphs import (
     ATTRIBUTES,
     INTEGER,
@@ -82,6 +83,7 @@ class FXPrepared:
         self.engine: str = original.meta.get(ENGINE, torch.backends.quantized.engine)
         self.module: GraphModule = copy.deepcopy(original)
         as_inference(self.module)
+        lift_functions(self.module)
         number_padding(self.module)
         self.trainable = bool(prepared_attributes(original).is_qat)
         quantizers = set(quantizer_nodes(self.module))
@@ -205,7 +207,9 @@ class FXPrepared:
             )
 
     def _weight_quantizer(self, node: Node) -> LearnedFakeQuantize | None:
-        found = getattr(module_of(self.module, node), "weight_fake_quant", None)
+        found: Any = getattr(module_of(self.module, node), "weight_fake_quant", None)
+        if node.target in LAYERS and isinstance(node.args[1], Node):  # of a weight that is computed
+            found = self._quantizer_of(node.args[1])
         return found if isinstance(found, LearnedFakeQuantize) else None
 
     def _refuse_nothing_quantized(self) -> None:
