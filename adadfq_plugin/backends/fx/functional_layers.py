@@ -15,9 +15,9 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from adadfq_plugin.backends.fx.clamps import RELU
-from adadfq_plugin.backends.fx.graphs import called, is_quantizer, module_of, prepared_attributes
+from adadfq_plugin.backends.fx.graphs import INTEGER, called, is_quantizer, module_of, prepared_attributes
 from adadfq_plugin.backends.fx.lift import lift
-from adadfq_plugin.sites import replace_module, sites
+from adadfq_plugin.sites import replace_module
 
 __all__ = ["LAYERS", "lift_functions"]
 
@@ -41,7 +41,6 @@ def lift_functions(model: GraphModule) -> None:
         model: a prepared model; the modules share its parameters.
     """
     attributes = prepared_attributes(model)
-    names = {path for path, _ in sites(model)}
     for node in list(model.graph.nodes):
         if node.target not in LAYERS:
             continue
@@ -50,7 +49,7 @@ def lift_functions(model: GraphModule) -> None:
         weight = args[1] if len(args) > 1 else kwargs.get("weight")
         observed = next((each for each, value in values.items() if value is weight), None)
         quantizer = None if observed is None else module_of(model, observed)
-        if quantizer is None or not isinstance(weight, nn.Parameter):
+        if getattr(quantizer, "dtype", None) not in INTEGER or not isinstance(weight, nn.Parameter):
             continue
         found = lift(node.target, args, kwargs, {}, {}, "")
         if found is None or isinstance(found.constants["bias"], Node):
@@ -59,10 +58,8 @@ def lift_functions(model: GraphModule) -> None:
         layer.qconfig = qconfig = attributes.node_name_to_qconfig[node.name]
         plain, with_relu, trained_with_relu = MODULES[found.kind]
         relu = next(iter(node.users)) if len(node.users) == 1 else None
-        if relu is not None and called(model, relu) in (
-            *RELU,
-            nn.ReLU,
-        ):  # torch.ao's lowering drops a ReLU left alone
+        # not left alone: torch.ao's lowering would drop it
+        if relu is not None and called(model, relu) in (*RELU, nn.ReLU):
             layer, plain = with_relu(layer, nn.ReLU()), trained_with_relu
             layer.qconfig = qconfig
             relu.replace_all_uses_with(node)
@@ -71,8 +68,7 @@ def lift_functions(model: GraphModule) -> None:
             layer = plain.from_float(layer)
             layer.weight, layer.bias = weight, found.constants["bias"]
             layer.weight_fake_quant = quantizer
-        name = next(name for i in itertools.count() if (name := f"{node.name}_{i}") not in names)
-        names.add(name)
+        name = next(name for i in itertools.count() if not hasattr(model, name := f"{node.name}_{i}"))
         replace_module(model, name, layer.train(model.training))
         node.op, node.target, node.args, node.kwargs = "call_module", name, (found.input,), {}
         for each, value in values.items():
