@@ -237,6 +237,26 @@ def test_functional_layers_are_layers(trained: bool, monkeypatch: pytest.MonkeyP
         )
 
 
+@pytest.mark.parametrize("computed", [False, True])
+def test_weights_given_by_keyword(computed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepared_module, "has_vnni", lambda: False)
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Parameter(torch.randn(10, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight = self.head.abs() if computed else self.head
+            return F.linear(self.conv(x).mean((2, 3)), bias=None, weight=weight)
+
+    opened = FXBackend().open(prepare_qat_fx(Named().train(), users_mapping(8), EXAMPLE))
+    functions = [node.target for node in opened.module.graph.nodes if node.op == "call_function"]
+    assert (F.linear in functions) == computed
+    assert [note.partition(":")[0] for note in opened.notes] == ["2 layers have 7-bit weights"]
+    models.observed(opened, models.images(8))
+
+
 def test_channels_with_gamma_zero_convert() -> None:
     model = models.trained()
     with torch.no_grad():

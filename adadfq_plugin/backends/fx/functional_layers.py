@@ -6,6 +6,7 @@ import itertools
 import operator
 from typing import Any
 
+import torch
 import torch.ao.nn.intrinsic as nni
 import torch.ao.nn.intrinsic.qat as nniqat
 import torch.ao.nn.qat as nnqat
@@ -15,7 +16,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from adadfq_plugin.backends.fx.clamps import RELU
-from adadfq_plugin.backends.fx.graphs import INTEGER, called, is_quantizer, module_of, prepared_attributes
+from adadfq_plugin.backends.fx.graphs import called, is_quantizer, module_of, prepared_attributes
 from adadfq_plugin.backends.fx.lift import lift
 from adadfq_plugin.sites import replace_module
 
@@ -49,7 +50,7 @@ def lift_functions(model: GraphModule) -> None:
         weight = args[1] if len(args) > 1 else kwargs.get("weight")
         observed = next((each for each, value in values.items() if value is weight), None)
         quantizer = None if observed is None else module_of(model, observed)
-        if getattr(quantizer, "dtype", None) not in INTEGER or not isinstance(weight, nn.Parameter):
+        if getattr(quantizer, "dtype", None) is not torch.qint8 or not isinstance(weight, nn.Parameter):
             continue
         found = lift(node.target, args, kwargs, {}, {}, "")
         if found is None or isinstance(found.constants["bias"], Node):

@@ -208,9 +208,10 @@ class FXPrepared:
 
     def _weight_quantizer(self, node: Node) -> LearnedFakeQuantize | None:
         found: Any = getattr(module_of(self.module, node), "weight_fake_quant", None)
-        if node.target in LAYERS and isinstance(node.args[1], Node):  # of a weight that is computed
-            found = self._quantizer_of(node.args[1])
-        return found if isinstance(found, LearnedFakeQuantize) else None
+        if node.target in LAYERS:  # its weight is computed
+            weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+            found = self._quantizer_of(weight) if isinstance(weight, Node) else None
+        return found if isinstance(found, LearnedFakeQuantize) and found.dtype == torch.qint8 else None
 
     def _refuse_nothing_quantized(self) -> None:
         if not quantizer_nodes(self.module):
