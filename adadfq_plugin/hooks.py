@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 __all__ = [
     "Arguments",
     "Call",
+    "argument",
     "capture_calls",
     "capture_inputs",
     "capture_outputs",
@@ -114,6 +115,13 @@ def short_name(function: Callable[..., Any]) -> str:
     return str(getattr(function, "__name__", "")).partition(".")[0]
 
 
+def argument(
+    args: Sequence[Any], kwargs: Mapping[str, Any], place: int, name: str, default: Any = None
+) -> Any:
+    """An argument of a call, however it was passed."""
+    return args[place] if len(args) > place else kwargs.get(name, default)
+
+
 class Arguments:
     """What a function of torch was called with."""
 
@@ -122,7 +130,7 @@ class Arguments:
 
     def argument(self, place: int, name: str, default: Any = None) -> Any:
         """An argument, however it was passed."""
-        return self.args[place] if len(self.args) > place else self.kwargs.get(name, default)
+        return argument(self.args, self.kwargs, place, name, default)
 
 
 @dataclass(frozen=True)

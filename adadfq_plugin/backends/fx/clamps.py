@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 
 from adadfq_plugin.backends.fx.fake_quantize import LearnedFakeQuantize
 from adadfq_plugin.backends.fx.graphs import module_of
+from adadfq_plugin.hooks import argument
 
 __all__ = ["absorb_clamps"]
 
@@ -75,7 +76,7 @@ def _bounds(model: GraphModule, node: Node) -> tuple[float, float] | None:
     else:
         return None
     given = [
-        node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
+        argument(node.args, node.kwargs, place, name, default)
         for place, (name, default) in enumerate(zip(names, unset, strict=True), start=1)
     ]
     values = [default if value is None else value for value, default in zip(given, unset, strict=True)]

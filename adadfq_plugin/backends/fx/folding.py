@@ -3,45 +3,18 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, cast
+from typing import cast
 
 import torch
-import torch.ao.nn.intrinsic as nni
-import torch.ao.nn.intrinsic.qat as nniqat
-import torch.ao.nn.qat as nnqat
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from adadfq_plugin.backends.fx.graphs import is_quantizer, quantizer_nodes
+from adadfq_plugin.backends.fx.layers import LAYERS, WITH_BATCH_NORM, WITH_RELU
 from adadfq_plugin.sites import replace_module, sites
 
 __all__ = ["float_copy", "fold_batch_norm", "number_padding"]
-
-# fused and folded class of each QAT class that still holds a BatchNorm
-FOLDED: dict[type[nn.Module], tuple[type[nn.Module], type[nn.Module]]] = {
-    nniqat.ConvBn1d: (nnqat.Conv1d, nn.Conv1d),
-    nniqat.ConvBn2d: (nnqat.Conv2d, nn.Conv2d),
-    nniqat.ConvBn3d: (nnqat.Conv3d, nn.Conv3d),
-    nniqat.ConvBnReLU1d: (nniqat.ConvReLU1d, nn.Conv1d),
-    nniqat.ConvBnReLU2d: (nniqat.ConvReLU2d, nn.Conv2d),
-    nniqat.ConvBnReLU3d: (nniqat.ConvReLU3d, nn.Conv3d),
-    nniqat.LinearBn1d: (nnqat.Linear, nn.Linear),
-}
-FUSED: dict[type[nn.Module], Any] = {
-    nn.Conv1d: nni.ConvReLU1d,
-    nn.Conv2d: nni.ConvReLU2d,
-    nn.Conv3d: nni.ConvReLU3d,
-}
-WITH_RELU = (
-    nniqat.ConvBnReLU1d,
-    nniqat.ConvBnReLU2d,
-    nniqat.ConvBnReLU3d,
-    nniqat.ConvReLU1d,
-    nniqat.ConvReLU2d,
-    nniqat.ConvReLU3d,
-    nniqat.LinearReLU,
-)
 
 
 def number_padding(model: nn.Module) -> None:
@@ -76,14 +49,6 @@ def _plain(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
     return plain.train(module.training)
 
 
-def _float_class(module: nn.Module) -> type[nn.Module]:
-    if isinstance(module, nn.Linear):
-        return nn.Linear
-    if isinstance(module, nn.Conv2d):
-        return nn.Conv2d
-    return nn.Conv1d if isinstance(module, nn.Conv1d) else nn.Conv3d
-
-
 def fold_batch_norm(model: nn.Module) -> None:
     r"""Folds each fused BatchNorm of a QAT model into its convolution, in place, with running statistics.
 
@@ -93,25 +58,23 @@ def fold_batch_norm(model: nn.Module) -> None:
     :math:`\gamma = 0` is a channel of zeros.
     """
     for path, module in list(sites(model)):
-        target = FOLDED.get(type(module))
-        if target is None:
+        layer = WITH_BATCH_NORM.get(type(module))
+        if layer is None:
             continue
-        qat_class, float_class = target
         bn = module.bn
         args = (bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)  # type: ignore[union-attr]
-        fuse = fuse_linear_bn_weights if float_class is nn.Linear else fuse_conv_bn_weights
+        fuse = fuse_linear_bn_weights if layer.plain is nn.Linear else fuse_conv_bn_weights
         weight, bias = fuse(module.weight, module.bias, *args)  # type: ignore[arg-type]
-        plain = _plain(module, float_class)
-        trained = module.weight.requires_grad
-        plain.weight = nn.Parameter(weight.detach(), requires_grad=trained)  # type: ignore[arg-type]
-        plain.bias = nn.Parameter(bias.detach(), requires_grad=trained)  # type: ignore[arg-type]
+        plain = _plain(module, layer.plain)
+        learns = module.weight.requires_grad
+        plain.weight = nn.Parameter(weight.detach(), requires_grad=learns)  # type: ignore[arg-type]
+        plain.bias = nn.Parameter(bias.detach(), requires_grad=learns)  # type: ignore[arg-type]
         plain.qconfig = module.qconfig
-        source = plain
+        source, trained = plain, layer.trained
         if type(module) in WITH_RELU:
-            fused = FUSED[float_class]
-            source = fused(plain, nn.ReLU())
+            source, trained = layer.relu(plain, nn.ReLU()), layer.trained_relu
             source.qconfig = module.qconfig
-        folded = qat_class.from_float(source)  # type: ignore[attr-defined]
+        folded = trained.from_float(source)
         folded.weight_fake_quant = module.weight_fake_quant
         folded.train(module.training)
         replace_module(model, path, folded)
@@ -126,9 +89,9 @@ def float_copy(prepared: GraphModule) -> GraphModule:
     for path, module in list(sites(model)):
         if not hasattr(module, "weight_fake_quant"):
             continue
-        plain = _plain(module, _float_class(module))
+        plain = _plain(module, next(kind for kind in LAYERS if isinstance(module, kind)))
         parts = [plain]
-        if type(module) in FOLDED:
+        if type(module) in WITH_BATCH_NORM:
             parts.append(module.bn)  # type: ignore[arg-type]
         if type(module) in WITH_RELU:
             parts.append(nn.ReLU())

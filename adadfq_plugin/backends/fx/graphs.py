@@ -15,7 +15,7 @@ from torch.ao.quantization.fake_quantize import FakeQuantizeBase
 from torch.ao.quantization.observer import ObserverBase
 from torch.fx import GraphModule, Node
 
-from adadfq_plugin.sites import replace_module, sites
+from adadfq_plugin.sites import replace_module
 
 __all__ = [
     "ATTRIBUTES",
@@ -23,6 +23,7 @@ __all__ = [
     "MOVES",
     "VIEWS",
     "called",
+    "free_name",
     "is_quantizer",
     "module_of",
     "prepared_attributes",
@@ -83,6 +84,13 @@ def quantizer_nodes(model: GraphModule) -> list[Node]:
     return [node for node, module in modules if module is not None and is_quantizer(module)]
 
 
+def free_name(model: nn.Module, path: str) -> str:
+    """The name of a place beside ``path`` that nothing has."""
+    parent, _, name = path.rpartition(".")
+    owner = model.get_submodule(parent)
+    return next(f"{path}_{i}" for i in itertools.count(1) if not hasattr(owner, f"{name}_{i}"))
+
+
 def separate_calls(model: GraphModule, concerned: Callable[[Node, nn.Module], bool]) -> dict[str, str]:
     """Gives each further call of a module a copy of its own, in place.
 
@@ -93,18 +101,16 @@ def separate_calls(model: GraphModule, concerned: Callable[[Node, nn.Module], bo
     Returns:
         the name of the module that each copy was made of.
     """
-    names, seen = {path for path, _ in sites(model)}, set[nn.Module]()
-    origins: dict[str, str] = {}
+    seen, origins = set[nn.Module](), dict[str, str]()
     for node in model.graph.nodes:
         module = module_of(model, node)
         if module is None or not concerned(node, module):
             continue
         if module in seen:
             path = str(node.target)
-            name = next(name for i in itertools.count(1) if (name := f"{path}_{i}") not in names)
-            names.add(name)
+            node.target = name = free_name(model, path)
             replace_module(model, name, copy.deepcopy(module))
-            node.target, origins[name] = name, path
+            origins[name] = path
         seen.add(module)
     model.recompile()
     return origins

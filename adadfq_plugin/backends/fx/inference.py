@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 from adadfq_plugin.backends.fx.calls import with_argument
 from adadfq_plugin.backends.fx.graphs import VIEWS, called, is_quantizer, module_of
 from adadfq_plugin.errors import ModelError
+from adadfq_plugin.hooks import argument
 
 __all__ = ["as_inference"]
 
@@ -63,8 +64,7 @@ def _switch_off(node: Node) -> None:
     if node.target in DROPOUTS:
         node.args, node.kwargs = (node.all_input_nodes[0], 0.0, False), {}
         return
-    statistics = node.args[1] if len(node.args) > 1 else node.kwargs.get("running_mean")
-    if node.target is F.batch_norm and statistics is None:
+    if node.target is F.batch_norm and argument(node.args, node.kwargs, 1, "running_mean") is None:
         return  # it has none but the batch's
     for name, value in (("training", False), ("dropout_p", 0.0)):
         _set(node, name, value)

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adadfq_plugin.backends.fx.layers import FUNCTIONS
+
 __all__ = ["Lifted", "lift"]
 
 
@@ -78,7 +80,6 @@ _SIGNATURES: dict[Any, inspect.Signature] = {
     F.group_norm: inspect.signature(F.group_norm),
 }
 _SIGNATURES[F.conv2d] = _SIGNATURES[F.conv3d] = _SIGNATURES[F.conv1d]
-_CONVOLUTIONS = {F.conv1d: nn.Conv1d, F.conv2d: nn.Conv2d, F.conv3d: nn.Conv3d}
 _BATCH_NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
 
@@ -143,7 +144,7 @@ def _convolution(func: Any, call: dict[str, Any], owner: nn.Module | None) -> _D
     for name in ("stride", "padding", "dilation"):
         if isinstance(settings[name], (list, torch.Size)):
             settings[name] = tuple(settings[name])
-    return _CONVOLUTIONS[func], settings, {"weight": weight, "bias": call["bias"]}
+    return FUNCTIONS[func].plain, settings, {"weight": weight, "bias": call["bias"]}
 
 
 def _linear(func: Any, call: dict[str, Any], owner: nn.Module | None) -> _Description:

@@ -25,7 +25,7 @@ from adadfq_plugin.backends.fx.finishing import (
     weighted,
 )
 from adadfq_plugin.backends.fx.folding import float_copy, fold_batch_norm, number_padding
-from adadfq_plugin.backends.fx.functional_layers import LAYERS, lift_functions
+from adadfq_plugin.backends.fx.functional_layers import lift_functions
 from adadfq_plugin.backends.fx.graphs import (
     ATTRIBUTES,
     INTEGER,
@@ -38,11 +38,12 @@ from adadfq_plugin.backends.fx.graphs import (
 )
 from adadfq_plugin.backends.fx.inference import as_inference
 from adadfq_plugin.backends.fx.kernels import GROUPS, adds_in_16_bits, has_vnni, using_engine
+from adadfq_plugin.backends.fx.layers import FUNCTIONS
 from adadfq_plugin.backends.fx.levels import requantize
 from adadfq_plugin.contracts import Phase
 from adadfq_plugin.errors import ModelError
 from adadfq_plugin.fake_quantize import refuse_dynamic, switched
-from adadfq_plugin.hooks import capture_outputs, module_modes
+from adadfq_plugin.hooks import argument, capture_outputs, module_modes
 from adadfq_plugin.ranges import levels_that_fit
 from adadfq_plugin.sites import replace_module, sites, take_over
 
@@ -208,8 +209,8 @@ class FXPrepared:
 
     def _weight_quantizer(self, node: Node) -> LearnedFakeQuantize | None:
         found: Any = getattr(module_of(self.module, node), "weight_fake_quant", None)
-        if node.target in LAYERS:  # its weight is computed
-            weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+        if node.target in FUNCTIONS:  # its weight is computed
+            weight = argument(node.args, node.kwargs, 1, "weight")
             found = self._quantizer_of(weight) if isinstance(weight, Node) else None
         return found if isinstance(found, LearnedFakeQuantize) and found.dtype == torch.qint8 else None
 
