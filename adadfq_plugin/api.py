@@ -30,7 +30,7 @@ from adadfq_plugin.dataset import SyntheticDataset
 from adadfq_plugin.errors import BrokenPluginError, ModelError, SettingsError, first_line
 from adadfq_plugin.facts import Facts, device_of, find_facts
 from adadfq_plugin.history import History
-from adadfq_plugin.hooks import fork_rng, module_modes
+from adadfq_plugin.hooks import fork_rng, module_modes, on_cpu
 from adadfq_plugin.teacher import make_teacher, refuse_nan
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "Result",
     "backends",
     "calibrate",
+    "checked_run",
     "evaluate",
     "method_settings",
     "methods",
@@ -72,7 +73,7 @@ class Result:
         macs: multiply-adds of one image.
         integer_macs: those that integer kernels do, after :func:`quantize`.
         prepared: the calibrated model, ready for conversion.
-        scheme: bit widths, where this package prepared the model.
+        scheme: bit widths, after :func:`quantize`.
         quantized: the converted model, after :func:`quantize`.
     """
 
@@ -109,6 +110,7 @@ def _silent(_phase: str, _step: int, _total: int, _figures: Mapping[str, float])
     """Progress for callers who want none."""
 
 
+@on_cpu()
 def prepare(
     model: nn.Module,
     input_size: Any = None,
@@ -136,9 +138,10 @@ def prepare(
         refuse_nan(model, buffers=True)
         facts = find_facts(model, input_size=input_size)
     with fork_rng(0):  # toolkits initialise the modules that they build, to no effect
-        return prepare_with(model, facts.input_size, scheme_of(scheme), backend)[0]
+        return prepare_with(model, facts, scheme_of(scheme), backend)[0]
 
 
+@on_cpu()
 def calibrate(
     prepared: nn.Module,
     *,
@@ -189,8 +192,8 @@ def calibrate(
     made = method_settings(chosen, settings, preset)
     for model in (prepared,) if teacher is None else (prepared, teacher):
         _refuse_others(model)
-    seed = _checked_run(minutes, seed)
-    where = _device(device) if device is not None else device_of(prepared)
+    seed, asked = checked_run(minutes, seed, device)
+    where = asked or device_of(prepared)
     toolkit = backend_of(prepared, backend)
     with fork_rng(seed):
         opened = toolkit.open(prepared)
@@ -211,9 +214,16 @@ def calibrate(
     def tell(sentence: str, advice: str = "") -> None:
         if sentence:
             told.append(sentence)
-            warnings.warn(f"adadfq_plugin: {sentence}{advice}", UserWarning, stacklevel=3)
+            warnings.warn(
+                f"adadfq_plugin: {sentence}{advice}", UserWarning, stacklevel=4
+            )  # on_cpu is a frame as well
 
     tell(facts.guessed, "; pass them by keyword")
+    if opened.trainable and not opened.weights():
+        tell(
+            "no weight of the prepared model requires a gradient, so that none is rounded anew or trained",
+            "; call requires_grad_() on it where they may be",
+        )
     frozen = make_teacher(source, facts, device=where)
     if frozen.channels_last:
         opened.module.to(memory_format=torch.channels_last)
@@ -253,17 +263,31 @@ def calibrate(
 def _refuse_others(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise ModelError(f"{model!r} is no torch.nn.Module; timm's are made by timm.create_model(name)")
+    compiled = "_orig_mod" in dict(model.named_children())
+    if compiled or isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        inner = "_orig_mod" if compiled else "module"
+        raise ModelError(f"{type(model).__name__} is a wrapper: pass the network in it, its .{inner}")
+    if any(each.is_inference() for each in (*model.parameters(), *model.buffers())):
+        raise ModelError(
+            "the model was made in torch.inference_mode(), where nothing can be trained; make it outside of it"
+        )
 
 
-def _checked_run(minutes: float | None, seed: int) -> int:
-    """The seed as Python's own number, of a run that can be."""
+def checked_run(
+    minutes: float | None, seed: int, device: torch.device | str | None
+) -> tuple[int, torch.device | None]:
+    """The seed as Python's own number and a device that works here, of a run that can be.
+
+    Raises:
+        SettingsError: a time limit, a seed or a device that can't be used.
+    """
     if minutes is not None and not (isinstance(minutes, Real) and 0 < minutes < math.inf):
         raise SettingsError(f"minutes = {minutes!r} must be positive and finite")
     if torch.is_inference_mode_enabled():
         raise SettingsError("training needs gradients: call it outside of torch.inference_mode()")
     if not isinstance(seed, Integral) or not 0 <= seed < 2**64:
         raise SettingsError(f"seed = {seed!r} must be a number from 0 to 2**64 - 1")
-    return int(seed)
+    return int(seed), None if device is None else _device(device)
 
 
 def _device(device: torch.device | str) -> torch.device:
@@ -276,6 +300,7 @@ def _device(device: torch.device | str) -> torch.device:
     return where
 
 
+@on_cpu()
 def quantize(
     model: nn.Module,
     *,
@@ -312,14 +337,12 @@ def quantize(
     _refuse_others(model)
     widths = scheme_of(scheme)
     method_settings(methods().get(method), settings, preset)  # refuse before any work
-    seed = _checked_run(minutes, seed)
-    if device is not None:
-        _device(device)
+    seed, _ = checked_run(minutes, seed, device)
     with module_modes(model, False):
         refuse_nan(model, buffers=True)
         facts = find_facts(model, input_size=input_size, num_classes=num_classes, mean=mean, std=std)
     with fork_rng(seed):
-        prepared, toolkit = prepare_with(model, facts.input_size, widths, backend)
+        prepared, toolkit = prepare_with(model, facts, widths, backend)
     result = calibrate(
         prepared,
         teacher=model,
@@ -353,13 +376,13 @@ def synthesize(model: nn.Module, count: int, **arguments: Any) -> SyntheticDatas
     Raises:
         SettingsError: fewer than one sample, or settings that can't be used.
     """
-    if count < 1:
-        raise SettingsError(f"count = {count} must be at least 1")
+    if not isinstance(count, Integral) or count < 1:
+        raise SettingsError(f"count = {count!r} must be a number of images, at least 1")
     settings = arguments.pop("settings", None)
     if isinstance(settings, Settings):
-        settings = settings.model_copy(update={"samples": count})
-    else:
-        settings = {**(settings or {}), "samples": count}
+        settings = settings.model_copy(update={"samples": int(count)})
+    elif isinstance(settings, Mapping | None):  # anything else is refused with the other arguments
+        settings = {**(settings or {}), "samples": int(count)}
     return quantize(model, settings=settings, **arguments).samples
 
 
@@ -382,8 +405,8 @@ def evaluate(
         SettingsError: no images.
     """
     right = count = 0
-    frozen = not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule)
-    modes = nullcontext() if frozen else module_modes(cast(nn.Module, model), False)
+    has_mode = isinstance(model, nn.Module) and hasattr(model, "training")  # frozen TorchScript has none
+    modes = module_modes(cast(nn.Module, model), False) if has_mode else nullcontext()
     where = device or (device_of(model) if isinstance(model, nn.Module) else "cpu")
     with torch.no_grad(), modes:
         for images, labels in batches:

@@ -11,6 +11,8 @@ from torch import nn
 from adadfq_plugin.config import Scheme, Settings, build, nearest
 from adadfq_plugin.contracts import Backend, Method
 from adadfq_plugin.errors import BrokenPluginError, ModelError, SettingsError, UnknownNameError
+from adadfq_plugin.facts import SIZE_SOURCE, Facts
+from adadfq_plugin.hooks import unfrozen
 from adadfq_plugin.registry import Registry
 
 __all__ = [
@@ -126,10 +128,21 @@ def backend_of(model: nn.Module, name: str | None) -> Backend:
     )
 
 
-def prepare_with(
+def prepare_with(model: nn.Module, facts: Facts, scheme: Scheme, name: str) -> tuple[nn.Module, Backend]:
+    """A prepared copy and the backend that made it; ``auto`` notes which one that is and why.
+
+    A network that was frozen as a whole, as for inference, is trained like any other.
+    """
+    with unfrozen(model):
+        prepared, toolkit = _prepare(model, facts.input_size, scheme, name)
+    if isinstance(meta := getattr(prepared, "meta", None), dict):
+        meta[SIZE_SOURCE] = facts.sources["input_size"]
+    return prepared, toolkit
+
+
+def _prepare(
     model: nn.Module, input_size: tuple[int, int, int], scheme: Scheme, name: str
 ) -> tuple[nn.Module, Backend]:
-    """A prepared copy and the backend that made it; ``auto`` notes which one that is and why."""
     if name != AUTO:
         return (toolkit := _BACKENDS.get(name)).prepare(model, input_size, scheme), toolkit
     refusals: dict[str, str] = {}

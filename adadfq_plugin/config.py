@@ -122,7 +122,7 @@ class GeneratorSettings(Settings):
     generator_batch_size: Positive | None = Field(
         None,
         description="images in a step of the generator; unset: 64 up to 64 pixels, else 9, and no more than a "
-        "batch_size that is set",
+        "batch_size that is set; without replay Q's steps have as many",
     )
     warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
         None, description="steps of the generator before Q joins; unset: from the bits and the network's cost"
@@ -172,6 +172,12 @@ class AdaDFQSettings(GeneratorSettings):
         super().model_post_init(context)
         if self.lambda_l >= self.lambda_u:
             raise ValueError(f"lambda_l ({self.lambda_l}) must lie below lambda_u ({self.lambda_u})")
+        sizes = {self.batch_size, self.generator_batch_size} - {None}
+        if not self.replay and len(sizes) > 1:
+            raise ValueError(
+                f"without replay Q learns from G's batches: batch_size ({self.batch_size}) and generator_batch_size "
+                f"({self.generator_batch_size}) must be the same"
+            )
 
 
 ModelT = TypeVar("ModelT", bound=BaseModel)

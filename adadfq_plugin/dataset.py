@@ -62,6 +62,7 @@ class SyntheticDataset(Dataset[tuple[Tensor, int]]):
     def __init__(
         self, images: Tensor, labels: Tensor, facts: Facts, provenance: Mapping[str, Any] | None = None
     ) -> None:
+        self._check_shape(images, facts)
         if not bool(torch.isfinite(images).all()):
             raise DataError("synthetic images hold NaN or infinity")
         images = images.detach().to("cpu", torch.float32)
@@ -69,9 +70,10 @@ class SyntheticDataset(Dataset[tuple[Tensor, int]]):
         self._fill(pixels, labels.detach().to("cpu", torch.int64), facts, provenance or {})
 
     def _fill(self, pixels: Tensor, labels: Tensor, facts: Facts, provenance: Mapping[str, Any]) -> None:
+        self._check_shape(pixels, facts)
         shape = tuple(pixels.shape)
-        if pixels.dtype != torch.uint8 or shape[1:] != tuple(facts.input_size):
-            raise ValueError(f"images {shape} {pixels.dtype} don't fit input size {facts.input_size}")
+        if pixels.dtype != torch.uint8:
+            raise ValueError(f"pixels are torch.uint8, not {pixels.dtype}")
         if labels.dtype != torch.int64 or labels.shape != shape[:1]:
             raise ValueError(f"{shape[0]} images, but labels {tuple(labels.shape)} {labels.dtype}")
         if len(labels):
@@ -84,6 +86,12 @@ class SyntheticDataset(Dataset[tuple[Tensor, int]]):
         """The classes (N,), int64."""
         self.facts = facts
         self.provenance = dict(provenance)
+
+    @staticmethod
+    def _check_shape(images: Tensor, facts: Facts) -> None:
+        shape = tuple(images.shape)
+        if shape[1:] != tuple(facts.input_size):
+            raise ValueError(f"images {shape} don't fit input size {facts.input_size}")
 
     @classmethod
     def from_pixels(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -12,11 +13,26 @@ from torch import Tensor, nn
 
 from adadfq_plugin.errors import ModelError, first_line
 
-__all__ = ["AVERAGED", "IMAGENET_MEAN", "IMAGENET_STD", "Facts", "averaged", "device_of", "find_facts"]
+__all__ = [
+    "AVERAGED",
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "SIZE",
+    "SIZE_SOURCE",
+    "Facts",
+    "averaged",
+    "checked_numbers",
+    "device_of",
+    "find_facts",
+]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 AVERAGED = "guess: the mean of timm's channels"
+SIZE = "adadfq_input_size"
+"""Key of a prepared model's ``meta`` for its input size (channels, height, width)."""
+SIZE_SOURCE = "adadfq_input_size_from"
+"""Key for where that size came from, as in :attr:`Facts.sources`."""
 LARGE = 64
 USUAL_SIDE = {10: 32, 100: 32, 200: 64, 1000: 224, 21843: 224, 21841: 224}
 """Image side of the usual data set with that many classes (CIFAR, Tiny ImageNet, ImageNet)."""
@@ -156,9 +172,11 @@ def _try_sizes(model: nn.Module) -> tuple[tuple[int, int, int], str]:
     """An input size that the model takes, with the reason for the choice."""
     channels = _channels(model)
     smallest: dict[int, int] = {}
+    refusals: list[str] = []
     for side in TRIAL_SIDES:
         size = (channels, side, side)
-        if not _takes(model, size):
+        if (why := _refusal(model, size)) is not None:
+            refusals.append(why)
             continue
         classes = _logits_shape(model, size)[-1]
         smallest[side] = _smallest_map(model, size)
@@ -166,28 +184,37 @@ def _try_sizes(model: nn.Module) -> tuple[tuple[int, int, int], str]:
             return size, f"guess: usual for {classes} classes, and the model takes it"
     if not smallest:
         tried = ", ".join(map(str, sorted(TRIAL_SIDES)))
-        raise ModelError(f"no square image of side {tried} runs through the model; pass input_size=")
+        raise ModelError(
+            f"no square image of side {tried} runs through the model ({refusals[-1]}); pass input_size="
+        )
     side = min(smallest, key=lambda each: abs(math.log(smallest[each] / 7)))
     return (channels, side, side), "guess: its last feature map comes nearest to 7 pixels"
 
 
-def _takes(model: nn.Module, size: tuple[int, int, int]) -> bool:
+def _refusal(model: nn.Module, size: Sequence[int]) -> str | None:
+    """Why the model makes no logits of images of that size; None where it does."""
     try:
-        _logits_shape(model, size)
-    except (RuntimeError, ValueError, AssertionError, IndexError):
-        return False
-    return True
+        shape = _logits_shape(model, size)
+    except ModelError:
+        raise
+    except Exception as error:  # whatever the model raises
+        return first_line(error)
+    return None if len(shape) == 2 else f"its output has shape {shape} for two images, not (2, classes)"
 
 
-def _as_size(value: Any, channels: int) -> tuple[int, int, int]:
+def _as_size(model: nn.Module, value: Any, channels: Sequence[int]) -> tuple[int, int, int]:
+    """(channels, height, width) of a size as it was told, with the first number of channels that the model takes."""
     try:
-        size = (value, value) if isinstance(value, int) else tuple(int(extent) for extent in value)
+        size = (int(value),) * 2 if isinstance(value, Integral) else tuple(int(extent) for extent in value)
     except (TypeError, ValueError):
         size = ()
-    size = (channels, *size) if len(size) == 2 else size
-    if len(size) != 3 or min(size) < 1:
+    if isinstance(value, str) or len(size) not in (2, 3) or min(size) < 1:
         raise ModelError(f"input_size {value!r} is not a side, (height, width) or (channels, height, width)")
-    return size[0], size[1], size[2]
+    if len(size) == 3:
+        return size[0], size[1], size[2]
+    candidates = list(dict.fromkeys((*channels, _channels(model))))
+    taken = (each for each in candidates if len(candidates) == 1 or _refusal(model, (each, *size)) is None)
+    return next(taken, candidates[0]), size[0], size[1]
 
 
 def averaged(left: Sequence[float], channels: int) -> tuple[float, ...]:
@@ -200,8 +227,17 @@ def averaged(left: Sequence[float], channels: int) -> tuple[float, ...]:
     return (sum(left) / len(left),) * channels
 
 
-def _numbers(name: str, values: Any, channels: int) -> tuple[float, ...]:
-    """The mean or deviation of each channel, checked for its unit."""
+def checked_numbers(name: str, values: Any, channels: int) -> tuple[float, ...]:
+    """The mean or deviation of each channel, checked for its unit.
+
+    Args:
+        name: ``mean`` or ``std``.
+        values: a number a channel, in units of pixel value / 255.
+        channels: how many there are to be.
+
+    Raises:
+        ModelError: another number of them, or one out of bounds.
+    """
     try:
         numbers = tuple(float(each) for each in values)
     except (TypeError, ValueError):
@@ -210,6 +246,8 @@ def _numbers(name: str, values: Any, channels: int) -> tuple[float, ...]:
         raise ModelError(f"{name} has {len(numbers)} values for {channels} channels")
     if not all(0 <= each <= 1 for each in numbers):
         raise ModelError(f"{name} = {numbers} is not in units of pixel / 255, from 0 to 1: divide by 255")
+    if name == "std" and not all(numbers):
+        raise ModelError(f"std {numbers} must be positive")
     return numbers
 
 
@@ -245,19 +283,20 @@ def find_facts(
         raise ModelError(
             f"the model computes in {str(other.dtype).removeprefix('torch.')}; call .float() on it first"
         )
-    notes = [getattr(each, "meta", None) for each in (model, *relatives)]
-    kept = next((each["adadfq_input_size"] for each in notes if each and "adadfq_input_size" in each), None)
+    metas = [getattr(each, "meta", None) or {} for each in (model, *relatives)]
+    kept = next((each[SIZE] for each in metas if SIZE in each), None)
+    of_timm = timm.get("input_size")
+    known = [each[0] for each in (kept, of_timm) if each]
     if example_inputs is not None and input_size is None:
         first = example_inputs[0] if isinstance(example_inputs, (tuple, list)) else example_inputs
         input_size = tuple(first.shape[1:])
     if input_size is not None:
-        size, sources["input_size"] = _as_size(input_size, _channels(model)), "argument"
+        size, sources["input_size"] = _as_size(model, input_size, known), "argument"
     elif kept is not None:
-        size, sources["input_size"] = _as_size(kept, _channels(model)), "model"
-    elif timm.get("input_size"):
-        size, sources["input_size"] = _as_size(timm["input_size"], _channels(model)), "timm"
-        if size[0] != _channels(model) and not _takes(model, size):  # built with in_chans=
-            size = (_channels(model), *size[1:])
+        source = next((each[SIZE_SOURCE] for each in metas if SIZE_SOURCE in each), "argument")
+        size, sources["input_size"] = _as_size(model, kept, ()), "model" if source == "argument" else source
+    elif of_timm:  # its channels may have been changed by in_chans=
+        size, sources["input_size"] = _as_size(model, of_timm[1:], known), "timm"
     else:
         size, sources["input_size"] = _try_sizes(model)
     try:
@@ -284,15 +323,13 @@ def find_facts(
     for name, given in (("mean", mean), ("std", std)):
         left = timm.get(name)
         if given is not None:
-            constants[name], sources[name] = _numbers(name, given, size[0]), "argument"
+            constants[name], sources[name] = checked_numbers(name, given, size[0]), "argument"
         elif left is not None and len(left) != size[0]:
             constants[name], sources[name] = averaged(left, size[0]), AVERAGED
         elif left is not None:
-            constants[name], sources[name] = _numbers(name, left, size[0]), "timm"
+            constants[name], sources[name] = checked_numbers(name, left, size[0]), "timm"
         else:
             constants[name] = usual[name] if size[0] == 3 else (0.5,) * size[0]
             sources[name] = "guess: ImageNet's" if size[0] == 3 else "guess: one half"
-    if min(constants["std"]) <= 0:
-        raise ModelError(f"std {constants['std']} must be positive")
     crop_pct, interpolation = timm.get("crop_pct") or 1.0, timm.get("interpolation") or "bicubic"
     return Facts(size, shape[1], constants["mean"], constants["std"], crop_pct, interpolation, sources)

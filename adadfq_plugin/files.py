@@ -68,7 +68,11 @@ def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
         if target.is_dir():  # what was there goes aside first, so that no moment shows a mixture
             aside = temporary.with_suffix(".old")
             os.rename(target, aside)
-            os.rename(temporary, target)
+            try:
+                os.rename(temporary, target)
+            except BaseException:
+                os.rename(aside, target)
+                raise
             shutil.rmtree(aside)
         else:
             os.rename(temporary, target)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -24,7 +24,9 @@ __all__ = [
     "capture_outputs",
     "fork_rng",
     "module_modes",
+    "on_cpu",
     "short_name",
+    "unfrozen",
 ]
 
 
@@ -242,6 +244,53 @@ def module_modes(module: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for submodule, flag in flags:
             submodule.training = flag
+
+
+@contextmanager
+def on_cpu() -> Iterator[None]:
+    """Tensors that are made without a device are on the CPU, whatever ``torch.set_default_device`` was told.
+
+    Example:
+        >>> import torch
+        >>> with torch.device("meta"), on_cpu():
+        ...     torch.zeros(1).device
+        device(type='cpu')
+    """
+    with nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):
+        yield
+
+
+@contextmanager
+def unfrozen(model: nn.Module) -> Iterator[None]:
+    """Every parameter asks for gradients where none does, as in a network that was frozen for inference.
+
+    Parameters that were frozen one by one stay so. The flags of before come back.
+
+    Args:
+        model: The network.
+
+    Yields:
+        Nothing.
+
+    Example:
+        >>> import torch
+        >>> layer = torch.nn.Linear(2, 2).requires_grad_(False)
+        >>> with unfrozen(layer):
+        ...     layer.weight.requires_grad
+        True
+        >>> layer.weight.requires_grad
+        False
+    """
+    parameters = [each for each in model.parameters() if each.is_floating_point()]
+    if any(each.requires_grad for each in parameters):
+        parameters = []
+    try:
+        for each in parameters:
+            each.requires_grad_(True)
+        yield
+    finally:
+        for each in parameters:
+            each.requires_grad_(False)
 
 
 @contextmanager

@@ -34,6 +34,7 @@ __all__ = [
     "TotalVariation",
     "batch_norms",
     "choose_priors",
+    "trial_images",
 ]
 
 SMALLEST = 1e-8
@@ -60,8 +61,27 @@ class Prior(Protocol):
         """The loss over the most recent forward pass of ``model``, once for each; for the length of the ``with``."""
 
 
-def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
-    """The BatchNorm layers that keep running statistics, by name."""
+def batch_norms(model: nn.Module, images: Tensor) -> dict[str, nn.Module]:
+    """The BatchNorm layers that keep running statistics and take part in what the model answers, by name.
+
+    Args:
+        model: in eval mode.
+        images: (N, C, H, W), any that the model takes.
+    """
+    layers = _keeping_statistics(model)
+    with capture_inputs(layers) as seen, torch.no_grad():
+        model(images)
+    return {name: layer for name, layer in layers.items() if name in seen}
+
+
+def trial_images(teacher: Teacher) -> Tensor:
+    """Two images of noise that the teacher takes (2, C, H, W)."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, *teacher.facts.input_size, generator=generator)
+    return images.to(device_of(teacher.model))
+
+
+def _keeping_statistics(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
@@ -85,17 +105,14 @@ class BNStatistics:
 
     def reason(self, model: nn.Module, images: Tensor) -> str | None:
         """None where a layer that takes part has been trained."""
-        layers = batch_norms(model)
+        layers = batch_norms(model, images)
+        if not layers and _keeping_statistics(model):
+            return "none of its BatchNorm layers takes part in what it answers"
         if not layers:
             return (
                 "the network has no BatchNorm layer that keeps running statistics (if prepare_fx or prepare_pt2e "
                 "folded them away, pass teacher= the float model)"
             )
-        with capture_inputs(layers) as seen, torch.no_grad():
-            model(images)
-        layers = {name: layer for name, layer in layers.items() if name in seen}
-        if not layers:
-            return "none of its BatchNorm layers takes part in what it answers"
         fresh = [
             name
             for name, layer in layers.items()
@@ -110,7 +127,7 @@ class BNStatistics:
     @contextmanager
     def watch(self, model: nn.Module) -> Iterator[Callable[[], Tensor]]:
         """The loss over the most recent forward pass of ``model``."""
-        layers = batch_norms(model)
+        layers = _keeping_statistics(model)
         targets: _Targets | None = None
         with capture_inputs(layers) as seen:
 
@@ -254,9 +271,13 @@ def _attention(call: Call) -> Tensor | None:
     scale = call.kwargs.get("scale") or query.shape[-1] ** -0.5
     scores = query[:, heads][:, :, queries] @ key[:, heads].transpose(-2, -1) * scale
     mask = call.argument(3, "attn_mask")
-    if mask is not None and mask.is_floating_point():  # relative positions
+    if call.argument(5, "is_causal", False):
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    if mask is not None:
         mask = mask.expand(*mask.shape[:-3], query.shape[1], query.shape[2], key.shape[2])
-        scores = scores + mask[..., heads, :, :][..., queries, :]
+        mask = mask[..., heads, :, :][..., queries, :]
+        # numbers are relative positions
+        scores = scores + mask if mask.is_floating_point() else scores.masked_fill(~mask, -torch.inf)
     probabilities: Tensor = scores.softmax(-1)
     return probabilities
 
@@ -340,9 +361,7 @@ def choose_priors(settings: GeneratorSettings, teacher: Teacher) -> tuple[PriorS
         ModelError: the network was never trained, or a prior that was asked for can't be used.
         SettingsError: the network's statistics were left out and nothing takes their place.
     """
-    model = teacher.model
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(2, *teacher.facts.input_size, generator=generator).to(device_of(model))
+    model, images = teacher.model, trial_images(teacher)
     statistics = BNStatistics(settings.bn_units == "relative")
     parts: list[tuple[float, Prior]] = [
         (settings.gamma, statistics),
@@ -352,7 +371,7 @@ def choose_priors(settings: GeneratorSettings, teacher: Teacher) -> tuple[PriorS
         (settings.image_norm, ImageNorm()),
     ]
     notes = []
-    if not batch_norms(model):
+    if not batch_norms(model, images):
         notes.append(f"prior {statistics.name} is left out: {statistics.reason(model, images)}")
         parts = parts[1:]
     elif settings.gamma == settings.patch_similarity == settings.head_similarity == 0:

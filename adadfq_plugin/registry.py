@@ -5,7 +5,6 @@ Nothing is imported before it is asked for, and a distribution that fails to loa
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import re
 import warnings
@@ -15,6 +14,7 @@ from email import message_from_string
 from importlib import metadata
 from typing import Generic, TypeVar, cast
 
+from adadfq_plugin.config import nearest
 from adadfq_plugin.errors import BrokenPluginError, UnknownNameError
 
 __all__ = ["Registry", "RegistryEntry"]
@@ -171,9 +171,7 @@ class Registry(Generic[T]):
         names = self.names()
         if not names:
             return f"unknown {self.kind} {name!r}: no {self.kind} is installed"
-        nearest = difflib.get_close_matches(name, names, n=1)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ";"
-        return f"unknown {self.kind} {name!r}{hint} available: {', '.join(names)}"
+        return f"unknown {self.kind} {name!r}{nearest(name, names)} (available: {', '.join(names)})"
 
 
 class _Point:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from adadfq_plugin.config import nearest
 from adadfq_plugin.errors import DataError, ModelError, SettingsError, UnknownNameError, first_line
-from adadfq_plugin.facts import AVERAGED, Facts, averaged
+from adadfq_plugin.facts import AVERAGED, Facts, averaged, checked_numbers
 from adadfq_plugin.hooks import fork_rng
 from adadfq_plugin.labelled import LabelledImages, ValidationLoader
 
@@ -81,7 +81,8 @@ def load_model(
         unsuited = isinstance(error, TypeError | AssertionError | ValueError)
         if local and not isinstance(error, TypeError | AssertionError):
             raise DataError(f"model {name!r} can't be read: {first_line(error)}") from error
-        if unsuited and not isinstance(error, OSError):  # some hubs' errors are both
+        plain = not download and ":" not in name  # nothing was fetched
+        if plain or (unsuited and not isinstance(error, OSError)):  # some hubs' errors are both
             raise SettingsError(
                 f"model {name!r} can't be made with {arguments}: {first_line(error)}"
             ) from error
@@ -158,7 +159,7 @@ def facts(model: nn.Module, overrides: Mapping[str, Any] | None = None) -> Facts
 
     Raises:
         SettingsError: an override that doesn't fit the others (three means for one channel).
-        ModelError: nobody says how many classes there are.
+        ModelError: nobody says how many classes there are, or a mean or deviation is out of bounds.
     """
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
     timm_has = dict(getattr(model, "pretrained_cfg", None) or {})
@@ -180,6 +181,8 @@ def facts(model: nn.Module, overrides: Mapping[str, Any] | None = None) -> Facts
         raise SettingsError(
             f"mean {config['mean']} and std {config['std']} for {config['input_size'][0]} channels"
         )
+    for name in ("mean", "std"):
+        checked_numbers(name, config[name], config["input_size"][0])
     sources = {"num_classes": classes_source}
     for key in ("input_size", "mean", "std", "crop_pct", "interpolation"):
         if key in given or (key == "input_size" and "img_size" in given):

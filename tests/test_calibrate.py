@@ -124,6 +124,75 @@ def test_modes_and_frozen_weights_of_the_prepared_model_are_kept() -> None:
     assert (frozen.linear.weight - before).abs().max() <= limit
 
 
+@pytest.mark.parametrize("backend", ["fx", "pt2e"])
+def test_a_network_that_was_frozen_for_inference_is_trained_like_any_other(backend: str) -> None:
+    results = []
+    for frozen in (False, True):
+        model = models.trained().requires_grad_(not frozen)
+        scheme = {"weight_bits": 3}
+        results.append(
+            adadfq_plugin.quantize(model, scheme=scheme, backend=backend, settings=QUICK_G, **TOLD)
+        )
+        assert all(each.requires_grad is not frozen for each in model.parameters())
+    assert results[0].sqnr_db == results[1].sqnr_db
+    assert not results[1].warnings
+
+
+def test_a_prepared_model_without_a_weight_to_train_is_told() -> None:
+    prepared = models.prepared(4).requires_grad_(False)
+    with pytest.warns(UserWarning, match="no weight of the prepared model requires a gradient"):
+        result = adadfq_plugin.calibrate(prepared, settings={**QUICK_G, "learn_step_sizes": False}, **TOLD)
+    assert any("Q was not trained" in note for note in result.notes)
+    assert not any(each.requires_grad for each in prepared.parameters())
+
+
+def test_a_default_device_is_no_matter() -> None:
+    model = models.trained()
+    results = []
+    for default in (torch.device("cpu"), torch.device("meta")):
+        with default:
+            results.append(adadfq_plugin.quantize(model, settings=QUICK_G, **TOLD))
+    assert results[0].sqnr_db == results[1].sqnr_db
+
+
+def test_a_network_of_inference_mode_is_refused() -> None:
+    with torch.inference_mode():
+        model = models.trained()
+    for call in (adadfq_plugin.prepare, adadfq_plugin.quantize):
+        with pytest.raises(ModelError, match="made in torch"):
+            call(model, input_size=16)
+
+
+def test_without_replay_q_learns_from_batches_of_the_generators() -> None:
+    result = adadfq_plugin.calibrate(
+        models.prepared(4), settings={**QUICK_G, "replay": False, "batch_size": 12}, **TOLD
+    )
+    assert any(
+        "6 steps of G on 12 images each" in note and "of Q on 12 images" in note for note in result.notes
+    )
+    sizes = {"replay": False, "batch_size": 12, "generator_batch_size": 8}
+    bad(
+        {"settings": sizes},
+        SettingsError,
+        r"batch_size \(12\) and generator_batch_size \(8\) must be the same",
+    )
+
+
+def test_a_guess_of_prepare_stays_one() -> None:
+    prepared = adadfq_plugin.prepare(models.trained())
+    with pytest.warns(UserWarning, match=r"input_size = .*guess"):
+        result = adadfq_plugin.calibrate(
+            prepared, settings={**QUICK_G, "steps": 0}, mean=(0.5,) * 3, std=(0.25,) * 3
+        )
+    assert set(result.facts.guesses) == {"input_size"}
+    told = adadfq_plugin.calibrate(
+        adadfq_plugin.prepare(models.trained(), 16),
+        settings={**QUICK_G, "steps": 0},
+        **{**TOLD, "input_size": None},
+    )
+    assert told.facts.sources["input_size"] == "model"
+
+
 def test_guesses_are_named_in_one_warning() -> None:
     with pytest.warns(UserWarning, match="input_size = .*guess.*mean.*guess") as caught:
         result = adadfq_plugin.calibrate(models.prepared(), settings={**QUICK_G, "steps": 0})
@@ -384,6 +453,7 @@ def bad(
         ({"device": "gpu"}, SettingsError, "device 'gpu' can't be used"),
         ({"backend": "fxx"}, UnknownNameError, "'fxx'.*fx"),
         ({"input_size": (3, 2)}, ModelError, "BatchNorm|does not take|size"),
+        ({"teacher": nn.DataParallel(nn.Linear(2, 2))}, ModelError, r"DataParallel is a wrapper: .* \.module"),
         ({"input_size": (1, 16, 16)}, ModelError, r"does not take images of size \(1, 16, 16\)"),
         ({"input_size": "big"}, ModelError, "input_size 'big'"),
         ({"num_classes": 7}, ModelError, "num_classes=7, but the model's output has 5"),
@@ -539,6 +609,19 @@ def test_evaluate_counts() -> None:
     )
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_evaluate_takes_scripted_networks_in_any_mode() -> None:
+    batch = models.images(10)
+    network = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    labels = network.eval()(batch).argmax(1)
+    scripted = torch.jit.script(network.train())
+    before = models.state(scripted)
+    assert adadfq_plugin.evaluate(scripted, [(batch, labels)]).top1 == 1
+    assert scripted.training
+    assert models.same(before, models.state(scripted))
+    assert adadfq_plugin.evaluate(torch.jit.freeze(scripted.eval()), [(batch, labels)]).top1 == 1
+
+
 @pytest.mark.parametrize("grad", [torch.no_grad, torch.inference_mode])
 def test_the_callers_gradient_mode_is_no_matter_or_refused(grad: Any) -> None:
     prepared = models.prepared()
@@ -563,6 +646,9 @@ def test_other_things_than_models_and_settings_are_named() -> None:
         (lambda: adadfq_plugin.quantize(models.trained(), seed=-1), "seed = -1"),
         (lambda: adadfq_plugin.quantize(models.trained(), seed=1.5), "seed = 1.5"),  # type: ignore[arg-type]
         (lambda: adadfq_plugin.synthesize(models.trained(), 2, minutes=0), "minutes = 0"),
+        (lambda: adadfq_plugin.synthesize(models.trained(), 2.5), "count = 2.5"),  # type: ignore[arg-type]
+        (lambda: adadfq_plugin.synthesize(models.trained(), 2, settings="fast"), "settings = 'fast'"),
+        (lambda: adadfq_plugin.quantize(cast(nn.Module, torch.compile(models.trained()))), "its ._orig_mod"),
         (lambda: adadfq_plugin.quantize(models.trained(), device="nowhere"), "device 'nowhere'"),
     )
     for call, words in cases:

@@ -350,6 +350,9 @@ def test_a_broken_image_is_found_before_the_work(
     refused(
         4, "no such folder", "quantize", *given.words, "--val", tmp_path / "nowhere", "-o", tmp_path / "out"
     )
+    monkeypatch.setattr(api, "evaluate", work)
+    words = (*given.words, "--val", given.images, "-o", tmp_path / "out", "--device", "cuda:99")
+    refused(2, "device 'cuda:99' can't be used", "quantize", *words)
     assert [path.name for path in tmp_path.iterdir()] == ["val"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -122,6 +123,8 @@ def test_timm_reads_the_folder_form(tmp_path: Path) -> None:
     ("images", "labels", "said"),
     [
         (torch.zeros(2, 3, 6, 5), torch.zeros(2, dtype=torch.int64), "input size"),
+        (torch.zeros(2, 1, 6, 4), torch.zeros(2, dtype=torch.int64), "input size"),
+        (torch.zeros(2, 4, 6, 4), torch.zeros(2, dtype=torch.int64), "input size"),
         (torch.zeros(2, 3, 6, 4), torch.zeros(3, dtype=torch.int64), "labels"),
         (torch.zeros(2, 3, 6, 4), torch.tensor([0, 12]), "from 0 to 12 for 12 classes"),
         (torch.zeros(2, 3, 6, 4), torch.tensor([-1, 2]), "from -1 to 2"),
@@ -262,6 +265,25 @@ def test_an_interrupt_leaves_what_was_there(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "old"
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["kept"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_a_folder_comes_back_where_the_new_one_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "kept").touch()
+    rename = os.rename
+
+    def refuse(source: Path, target: Path) -> None:
+        if source.suffix == ".part":
+            raise OSError("no")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(OutputError, match="no"), atomic_folder(tmp_path / "folder", replace=True):
+        pass
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["kept"]
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
 def test_checking_leaves_nothing(tmp_path: Path) -> None:

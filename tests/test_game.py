@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import models
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -401,6 +402,9 @@ def test_the_best_state_comes_back() -> None:
         assert worse.look(1) == first
         assert not worse.restore()
         assert (worse.step, worse.divergence) == (1, first)
+        for latest, back in ((1e-6, False), (1e-2, True)):  # against a network that is P all but for rounding
+            best.divergence, best.latest = 1e-7, latest
+            assert best.restore() is back
     assert sum(best.due(step, 1000) for step in range(1, 1001)) == 8
     assert best.due(1000, 1000)
     assert [best.due(step, 3) for step in (1, 2, 3)] == [True] * 3
@@ -498,6 +502,27 @@ def test_facts_by_trial() -> None:
         find_facts(Pair(), input_size=8)
     with pytest.raises(ModelError, match="logits"):
         find_facts(nn.Conv2d(3, 4, 1), input_size=8)
+
+    class Two(nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return x + y
+
+    class Scalar(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.sum()
+
+    for model, why in ((Two(), "missing 1 required positional argument: 'y'"), (Scalar(), r"shape \(\)")):
+        with pytest.raises(ModelError, match=f"no square image of side .* runs through the model .*{why}"):
+            find_facts(model)
+
+
+def test_a_bare_side_takes_the_channels_that_the_network_takes() -> None:
+    stem = nn.Sequential(nn.PixelUnshuffle(4), nn.Conv2d(48, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    stem.pretrained_cfg = {"input_size": (3, 224, 224)}  # type: ignore[assignment]
+    sizes = [find_facts(stem.eval(), input_size=each).input_size for each in (16, (16, 24), np.int64(16))]
+    assert sizes == [(3, 16, 16), (3, 16, 24), (3, 16, 16)]
+    with pytest.raises(ModelError, match="input_size '224' is not a side"):
+        find_facts(stem, input_size="224")
 
 
 def test_multiply_adds_of_groups_and_linear() -> None:

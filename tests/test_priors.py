@@ -14,6 +14,7 @@ from adadfq_plugin.config import GeneratorSettings
 from adadfq_plugin.errors import ModelError, SettingsError
 from adadfq_plugin.functional import head_similarity, patch_similarity_entropy
 from adadfq_plugin.priors import (
+    MOST_QUERIES,
     BNStatistics,
     HeadSimilarity,
     ImageNorm,
@@ -21,6 +22,7 @@ from adadfq_plugin.priors import (
     Prior,
     PriorSum,
     TotalVariation,
+    _attention,
     batch_norms,
     choose_priors,
 )
@@ -171,7 +173,7 @@ def test_priors_say_why_not() -> None:
     assert "no attention of several heads" in str(HeadSimilarity().reason(Transformer(heads=1), images))
     assert TotalVariation().reason(linear, images) is None
     assert BNStatistics().reason(models.trained(), images) is None
-    assert len(batch_norms(models.trained())) == 3
+    assert len(batch_norms(models.trained(), images)) == 3
 
 
 def chosen(model: nn.Module, **settings: Any) -> tuple[dict[str, float], list[str]]:
@@ -248,3 +250,35 @@ def test_layers_that_take_no_part_tell_nothing() -> None:
     why = BNStatistics().reason(WithHead(main=False).eval(), batch)
     assert why is not None
     assert "none of its BatchNorm layers takes part" in why
+    assert chosen(WithHead(main=False).eval())[0] == {}
+
+
+class Masked(nn.Module):
+    """An attention of two heads that sees some of its keys."""
+
+    def __init__(self, how: dict[str, Any]) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).transpose(1, 2)[:, None].expand(-1, 2, -1, -1)
+        return nn.functional.scaled_dot_product_attention(tokens, tokens.flip(1), tokens, **self.how)
+
+
+def test_heads_do_not_look_at_what_is_masked() -> None:
+    seen = torch.ones(16, 16, dtype=torch.bool).tril()
+    batch = torch.randn(2, 3, 4, 4)
+    asked = []
+    for how in (
+        {"is_causal": True},
+        {"attn_mask": seen},
+        {"attn_mask": torch.zeros(16, 16).masked_fill(~seen, -torch.inf)},
+    ):
+        with HeadSimilarity._calls(model := Masked(how)) as calls:
+            model(batch)
+            maps = _attention(calls[0])
+        assert maps is not None
+        assert (maps[..., ~seen[:: -(-16 // MOST_QUERIES)]] == 0).all()
+        asked.append(maps)
+    assert torch.equal(asked[0], asked[1])
+    assert torch.equal(asked[0], asked[2])

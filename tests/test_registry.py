@@ -114,11 +114,11 @@ class TestGet:
         with pytest.raises(UnknownNameError) as caught:
             registry().get("adafq")
         assert str(caught.value) == (
-            "unknown method 'adafq'; did you mean 'adadfq'? available: adadfq, bn_stats, noise"
+            "unknown method 'adafq', did you mean 'adadfq'? (available: adadfq, bn_stats, noise)"
         )
         with pytest.raises(UnknownNameError) as caught:
             registry().get("zzz")
-        assert str(caught.value) == "unknown method 'zzz'; available: adadfq, bn_stats, noise"
+        assert str(caught.value) == "unknown method 'zzz' (available: adadfq, bn_stats, noise)"
         assert isinstance(caught.value, AdaDFQError)
 
 

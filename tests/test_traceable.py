@@ -27,12 +27,13 @@ from torch.ao.quantization.quantize_fx import convert_fx, prepare_qat_fx
 import adadfq_plugin
 from adadfq_plugin.backends.fx import FXBackend
 from adadfq_plugin.backends.fx.fake_quantize import LearnedFakeQuantize
-from adadfq_plugin.backends.fx.traceable import INPUT_SIZE, traceable
+from adadfq_plugin.backends.fx.traceable import traceable
 from adadfq_plugin.backends.fx.trial import _Trial
 from adadfq_plugin.backends.fx.unquantizable import leave_in_float, unquantizable
 from adadfq_plugin.config import Scheme
 from adadfq_plugin.contracts import Phase
 from adadfq_plugin.errors import UntraceableError
+from adadfq_plugin.facts import SIZE
 
 timm = pytest.importorskip("timm")
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -110,7 +111,7 @@ def test_the_users_model_comes_back_untouched() -> None:
 def test_keeps_what_belongs_to_the_model() -> None:
     model = timm.create_model("test_resnet").train()
     traced = traceable(model, 64)
-    assert traced.meta[INPUT_SIZE] == (3, 64, 64)
+    assert traced.meta[SIZE] == (3, 64, 64)
     assert traced.pretrained_cfg == model.pretrained_cfg
     assert traced.num_classes == model.num_classes
     assert traced.training
@@ -283,7 +284,7 @@ def seven_bits() -> QConfigMapping:
 
 def converted_and_error(traced: fx.GraphModule, mapping: QConfigMapping) -> tuple[fx.GraphModule, float]:
     """Prepare, calibrate, convert; the relative error of the converted model against the fake-quantized one."""
-    side = traced.meta[INPUT_SIZE][-1]
+    side = traced.meta[SIZE][-1]
     images = torch.randn(4, 3, side, side)
     prepared = prepare_qat_fx(traced.train(), mapping, (images,))
     for module in prepared.modules():

@@ -80,6 +80,8 @@ def test_unknown_names_get_the_nearest(name: str, said: str) -> None:
 def test_constructor_arguments_that_do_not_exist() -> None:
     with pytest.raises(SettingsError, match=r"test_resnet.*colour"):
         zoo.load_model(NAME, pretrained=False, model_kwargs={"colour": "red"})
+    with pytest.raises(SettingsError, match=r"test_resnet.*can't be made with .*'act_layer': 'nosuch'"):
+        zoo.load_model(NAME, pretrained=False, model_kwargs={"act_layer": "nosuch"})
 
 
 def test_sources_that_timm_does_not_have() -> None:
@@ -246,6 +248,14 @@ def test_what_nobody_says_is_a_guess() -> None:
 def test_facts_that_contradict_each_other() -> None:
     with pytest.raises(SettingsError, match="mean"):
         zoo.facts(zoo.load_model(NAME, pretrained=False), {"mean": (0.5, 0.5)})
+
+
+@pytest.mark.parametrize(
+    ("told", "said"), [({"mean": (123, 117, 104)}, "divide by 255"), ({"std": (0, 0, 0)}, "must be positive")]
+)
+def test_units_of_other_sizes_are_refused(told: dict[str, Any], said: str) -> None:
+    with pytest.raises(ModelError, match=said):
+        zoo.facts(zoo.load_model(NAME, pretrained=False), told)
 
 
 @pytest.mark.parametrize(

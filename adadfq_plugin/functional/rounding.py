@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from adadfq_plugin.functional._checks import shape_of
+from adadfq_plugin.functional._checks import shape_of, upcast
 
 __all__ = ["compensated_weights", "rounding_shift"]
 
@@ -119,6 +119,9 @@ def rounding_shift(weight: Tensor, rounded: Tensor, means: Tensor) -> Tensor:
         raise ValueError(
             f"means must have the shape (groups, {inputs}), groups of {outputs}; got {shape_of(means)}"
         )
+    weight, rounded, means = (
+        upcast(name, each) for name, each in (("weight", weight), ("rounded", rounded), ("means", means))
+    )
     errors = (rounded - weight).flatten(2).sum(2) if weight.ndim > 2 else rounded - weight
     return (errors.view(len(means), -1, inputs) * means.unsqueeze(1)).sum(2).flatten()
 

@@ -18,6 +18,8 @@ LOOKS = 8
 """How often Q is looked at on its way, beside the state that it starts from."""
 MARGIN = 0.2
 """By how much the last state must be worse than the best one to be given up: few images judge them."""
+SAME = 1e-4
+"""Difference of two divergences, in nats at the training's temperature, that rounding makes of equal networks."""
 PIECE = 16
 """Images a forward pass."""
 
@@ -60,7 +62,7 @@ class BestState:
         """The divergence after ``step`` steps, in nats; the state is kept if there was no better one."""
         z_q = torch.cat([self._prepared.module(piece) for piece in self._images.split(PIECE)])
         divergence = kl_divergence_loss(self._z_p, z_q, temperature=self._temperature).item()
-        self.latest, self.looked = divergence if math.isfinite(divergence) else math.inf, step
+        self.latest, self.looked = max(0.0, divergence) if math.isfinite(divergence) else math.inf, step
         if self.latest < self.divergence or not self._kept:
             self.divergence, self.step = self.latest, step
             self._kept = [parameter.detach().clone() for parameter in self._parameters]
@@ -69,7 +71,7 @@ class BestState:
     @torch.no_grad()
     def restore(self) -> bool:
         """Puts the best state back where the last one looked at is clearly worse; whether it was."""
-        if self.latest <= (1 + MARGIN) * self.divergence:
+        if self.latest <= (1 + MARGIN) * self.divergence + SAME:
             return False
         for parameter, kept in zip(self._parameters, self._kept, strict=True):
             parameter.copy_(kept)

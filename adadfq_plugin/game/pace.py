@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from adadfq_plugin.config import GeneratorSettings, Settings
 from adadfq_plugin.errors import SettingsError
-from adadfq_plugin.priors import batch_norms
+from adadfq_plugin.priors import batch_norms, trial_images
 from adadfq_plugin.teacher import Teacher
 
 __all__ = ["Pace", "Plan", "make_plan"]
@@ -115,7 +115,11 @@ def make_plan(
     if isinstance(settings, GeneratorSettings):
         usual = GENERATED if small else LARGE_GENERATED
         generator_batch = settings.generator_batch_size or min(settings.batch_size or usual, usual)
-        statistics = bool(batch_norms(teacher.model))  # without, images start from natural noise
+        if not getattr(settings, "replay", True):  # Q moves on what G has made
+            batch = generator_batch = settings.generator_batch_size or settings.batch_size or usual
+        statistics = bool(
+            batch_norms(teacher.model, trial_images(teacher))
+        )  # without, images start from natural noise
         usual_warmup = WARMUP[bits] / (1 if statistics else 4)
         refine = REFINE[bits] // (1 if statistics else 2)
         warmup = max(LEAST_WARMUP, round(usual_warmup / slow))
@@ -169,7 +173,7 @@ class Pace:
             self.step += 1
             yield self.step
             if self.seconds is not None and self.step >= MEASURED:
-                elapsed = time.monotonic() - start
+                elapsed = max(1e-9, time.monotonic() - start)  # some clocks are coarse
                 fitting = int(self.seconds * self.step / elapsed)
                 self.enough = fitting > self.most
                 self.total = max(self.step, min(fitting, self.most))

@@ -43,8 +43,9 @@ class Run:
     def __init__(self, task: Task, *, views: bool = True) -> None:
         self.task, self.views = task, views
         prepared = task.prepared
+        self._learns = prepared.trainable and bool(prepared.weights() or task.settings.learn_step_sizes)
         self.plan = make_plan(
-            task.settings, task.teacher, prepared.lowest_bits, task.minutes, trains=prepared.trainable
+            task.settings, task.teacher, prepared.lowest_bits, task.minutes, trains=self._learns
         )
         self.rng = torch.Generator().manual_seed(task.seed)
         self.pool = ReplayPool(2 * self.plan.samples, self.rng)
@@ -126,7 +127,7 @@ class Run:
 
     @property
     def _trains(self) -> bool:
-        return self.task.prepared.trainable and self.plan.steps > 0
+        return self._learns and self.plan.steps > 0
 
     @property
     def _rounds(self) -> bool:

@@ -14,7 +14,6 @@ __all__ = ["AdaDFQ"]
 _PAPER: dict[str, Any] = {
     # 400 epochs of 200 steps of 16 images; every batch is new to Q and one step of G comes with each of Q
     "batch_size": 16,
-    "generator_batch_size": 16,
     "generator_interval": 1,
     "generator_cooling": 1.0,
     "replay": False,

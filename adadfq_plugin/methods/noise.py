@@ -31,6 +31,9 @@ class Noise:
     def calibrate(self, task: Task) -> Outcome:
         """Ranges, training of Q on noise."""
         run = Run(task, views=False)  # a view of noise is another, smoother noise
+        run.notes.append(
+            "noise goes beyond valid pixels: the samples, and the figures on them, have it clipped to these"
+        )
         count, size = run.plan.batch_size, task.teacher.facts.input_size
         run.fill(lambda: run.answered(self.draw(count, size, run.rng)))
         run.observe()

@@ -127,9 +127,9 @@ class Report:
         if self.information is None or self.boundaries is None or not len(self.information):
             return None
         low, high = self.boundaries
-        below = (self.information < low).double().mean().item()
-        above = (self.information > high).double().mean().item()
-        return {"below": below, "between": 1 - below - above, "above": above}
+        below, above = self.information < low, self.information > high
+        shares = {"below": below, "between": ~(below | above), "above": above}
+        return {where: each.double().mean().item() for where, each in shares.items()}
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but the images, as JSON holds it; NaN and infinity become None."""

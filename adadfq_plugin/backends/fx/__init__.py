@@ -27,6 +27,7 @@ from adadfq_plugin.backends.fx.trial import COPIES, CallSite
 from adadfq_plugin.backends.fx.unquantizable import leave_in_float
 from adadfq_plugin.config import Scheme
 from adadfq_plugin.errors import DataError, ModelError, SettingsError, first_line
+from adadfq_plugin.facts import SIZE
 
 __all__ = [
     "FXBackend",
@@ -105,7 +106,7 @@ class FXBackend:
         for name in ("pretrained_cfg", "num_classes"):
             if hasattr(model, name):
                 setattr(prepared, name, copy.deepcopy(getattr(model, name)))
-        prepared.meta["adadfq_input_size"] = tuple(input_size)
+        prepared.meta[SIZE] = tuple(input_size)
         prepared.meta[ENGINE] = engine
         prepared.meta[IN_FLOAT] = [*_sentences(sites), *copies_note(len(traced.meta[COPIES]))]
         return prepared

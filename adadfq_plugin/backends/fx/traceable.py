@@ -16,11 +16,10 @@ from adadfq_plugin.backends.fx.calls import Refusal
 from adadfq_plugin.backends.fx.concrete import ConcreteTrace
 from adadfq_plugin.backends.fx.padding import fold_padding
 from adadfq_plugin.errors import UntraceableError
+from adadfq_plugin.facts import SIZE
 
-__all__ = ["INPUT_SIZE", "KEPT_ATTRIBUTES", "traceable"]
+__all__ = ["KEPT_ATTRIBUTES", "traceable"]
 
-INPUT_SIZE = "adadfq_input_size"
-"""Key of ``GraphModule.meta`` under which `traceable` keeps the input's (channels, height, width)."""
 
 KEPT_ATTRIBUTES = ("pretrained_cfg", "default_cfg", "num_classes", "num_features")
 """Attributes of a timm model that `traceable` keeps where there are any."""
@@ -85,7 +84,7 @@ def traceable(model: nn.Module, input_size: tuple[int, ...] | int, *, check: boo
         if getattr(attribute, "inplace", False) is True:
             attribute.inplace = False  # the graph names each value, so nothing has to be overwritten
     traced = fx.GraphModule(trace.attributes, trace.graph, type(model).__name__)
-    traced.meta[INPUT_SIZE] = size
+    traced.meta[SIZE] = size
     for name in KEPT_ATTRIBUTES:
         if hasattr(model, name):
             setattr(traced, name, copy.deepcopy(getattr(model, name)))

@@ -17,9 +17,10 @@ from torch.ao.quantization import QConfigMapping
 from adadfq_plugin.backends.fx.calls import in_float
 from adadfq_plugin.backends.fx.graphs import separate_calls
 from adadfq_plugin.backends.fx.levels import has_fixed_levels
-from adadfq_plugin.backends.fx.traceable import INPUT_SIZE, KEPT_ATTRIBUTES
+from adadfq_plugin.backends.fx.traceable import KEPT_ATTRIBUTES
 from adadfq_plugin.backends.fx.trial import COPIES, JOINING, CallSite, numbered, trial
 from adadfq_plugin.errors import UntraceableError
+from adadfq_plugin.facts import SIZE
 
 __all__ = ["leave_in_float", "unquantizable"]
 
@@ -85,7 +86,7 @@ def unquantizable(
     already = {site.place for site in known}
     wrong = [site for site in _calls_in_float(traced) if site.place not in already]
     sites = [*known, *wrong]
-    images = torch.randn(2, *traced.meta[INPUT_SIZE], generator=torch.Generator().manual_seed(0))
+    images = torch.randn(2, *traced.meta[SIZE], generator=torch.Generator().manual_seed(0))
     like = next((p for p in traced.parameters() if p.is_floating_point()), images)
     for _ in range(_MAX_TRIALS):
         found = trial(*_without(sites, traced, mapping), images.to(like))

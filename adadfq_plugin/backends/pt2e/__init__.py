@@ -29,10 +29,11 @@ from adadfq_plugin.backends.pt2e.graphs import (
     use_no_mutation,
 )
 from adadfq_plugin.backends.pt2e.macs import integer_macs
-from adadfq_plugin.backends.pt2e.prepared import ATTRIBUTES, NARROWED, SIZE, PT2EPrepared, input_size
+from adadfq_plugin.backends.pt2e.prepared import ATTRIBUTES, NARROWED, PT2EPrepared, input_size
 from adadfq_plugin.backends.pt2e.quantizer import SchemeQuantizer
 from adadfq_plugin.config import Scheme
 from adadfq_plugin.errors import DataError, ModelError, first_line
+from adadfq_plugin.facts import SIZE
 
 __all__ = ["LearnedFakeQuantize", "PT2EBackend", "PT2EPrepared", "SchemeQuantizer", "compiled"]
 

@@ -25,6 +25,7 @@ from adadfq_plugin.backends.pt2e.graphs import (
 )
 from adadfq_plugin.contracts import Phase
 from adadfq_plugin.errors import ModelError
+from adadfq_plugin.facts import SIZE
 from adadfq_plugin.fake_quantize import refuse_dynamic, switched
 from adadfq_plugin.hooks import capture_outputs
 from adadfq_plugin.sites import replace_module, sites, take_over
@@ -39,8 +40,6 @@ COMPILE = (
     "the converted network computes in float what it has quantized, until it is compiled: "
     "adadfq_plugin.backends.pt2e.compiled has the integer kernels"
 )
-SIZE = "adadfq_input_size"
-"""Key of ``meta`` for the size of one image."""
 
 
 def input_size(model: GraphModule) -> tuple[Any, ...]:
