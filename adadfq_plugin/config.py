@@ -113,7 +113,9 @@ class GeneratorSettings(Settings):
     """Settings of the methods that train a generator against the teacher."""
 
     latent_dim: Positive = Field(128, description="length of the generator's latent vector")
-    generator_width: Positive = Field(128, description="channels of the generator's first stage")
+    generator_width: Annotated[int, Field(ge=16)] = Field(
+        128, description="channels of the generator's first stage, no fewer than of its last"
+    )
     generator_learning_rate: Rate = Field(1e-3, description="learning rate of the generator (Adam)")
     generator_cooling: Fraction = Field(
         0.2,

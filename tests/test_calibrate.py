@@ -138,6 +138,20 @@ def test_a_network_that_was_frozen_for_inference_is_trained_like_any_other(backe
     assert not results[1].warnings
 
 
+@pytest.mark.parametrize("backend", ["fx", "pt2e"])
+def test_a_network_without_a_gradient_is_told_why(backend: str) -> None:
+    class Extracted(models.Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                x = self.relu(self.bn1(self.conv1(x)))
+            return cast(Tensor, self.linear(self.pool(self.conv3(self.conv2(x).detach())).flatten(1)))
+
+    model = Extracted().eval()
+    cast(Tensor, model.bn1.running_mean).add_(1)
+    with pytest.raises(ModelError, match=r"no gradient for the images: .*torch\.no_grad\(\)"):
+        adadfq_plugin.quantize(model, backend=backend, settings=QUICK_G, **TOLD)
+
+
 def test_a_prepared_model_without_a_weight_to_train_is_told() -> None:
     prepared = models.prepared(4).requires_grad_(False)
     with pytest.warns(UserWarning, match="no weight of the prepared model requires a gradient"):
@@ -446,6 +460,7 @@ def bad(
         ({"settings": {"lambda_l": 0.9}}, SettingsError, "lambda_l.*below lambda_u"),
         ({"settings": Settings()}, SettingsError, "AdaDFQSettings, not Settings"),
         ({"settings": AdaDFQSettings(), "preset": "paper_cifar"}, SettingsError, "mapping of changes"),
+        ({"settings": {"generator_width": 8}}, SettingsError, "generator_width = 8: .*greater than or equal to 16"),
         ({"minutes": 0}, SettingsError, "minutes = 0"),
         ({"settings": {"gamma": 0.0}}, SettingsError, "gamma = 0 leaves no prior"),
         ({"settings": {"optimizer": "sgd"}}, SettingsError, "'sgd' needs a learning_rate"),

@@ -17,6 +17,7 @@ from torch.ao.quantization import (
     QConfig,
     QConfigMapping,
     default_dynamic_qat_qconfig,
+    default_embedding_qat_qconfig,
     get_default_qat_qconfig_mapping,
     get_default_qconfig_mapping,
 )
@@ -1173,3 +1174,158 @@ def test_functional_modules_of_a_float_network_are_no_conversion() -> None:
     assert not FXBackend().recognises(Adds())
     with pytest.raises(ModelError, match="is not prepared"):
         FXBackend().open(Adds())
+
+
+class Gated(nn.Module):
+    """Averages that a layer reads directly."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.conv, self.gate, self.linear = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 5, 1), nn.Linear(8, 5)
+        self.pool, self.window, self.how = nn.AdaptiveAvgPool2d(1), nn.AvgPool2d(14), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).relu()
+        if self.how == "method":
+            return cast(Tensor, self.linear(x.mean((2, 3))))
+        if self.how == "function":
+            return cast(Tensor, self.linear(torch.mean(x, (2, 3))))
+        pooled = self.window(x) if self.how == "window" else self.pool(x)
+        return cast(Tensor, self.gate(pooled).flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("how", "own"),
+    [
+        *((how, False) for how in ("method", "function", "gate", "window")),
+        *(
+            (how, True) for how in ("method", "function", "gate")
+        ),  # nobody tells that a window is all of the image
+    ],
+)
+def test_an_average_is_not_rounded_to_the_levels_of_what_it_takes(how: str, own: bool) -> None:
+    """torch.ao lowers what stands between two quantizers, whatever its qconfig."""
+    scheme, batch = Scheme(weight_bits=8, activation_bits=3), models.images(64)
+    model = Gated(how).eval()
+    if own:
+        prepared: Any = prepare_qat_fx(copy.deepcopy(model).train(), qconfig_mapping(scheme), EXAMPLE)
+    else:
+        prepared = FXBackend().prepare(model, models.SIZE, scheme)
+    opened = FXBackend().open(prepared)
+    models.observed(opened, batch)
+    (name,) = [name for name, each in opened.module.named_modules() if getattr(each, "averages", False)]
+    with opened.phase(Phase.EVALUATE), opened.activations() as seen, torch.no_grad():
+        expected, converted = opened.module(batch), opened.convert()
+        assert (converted(batch) - expected).abs().max() <= 1e-4 * expected.std()
+    assert len(seen[name].unique()) > 6  # of 8
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_computed_weights_keep_their_levels(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``convert_fx`` gives them all levels of the integer type."""
+    monkeypatch.setattr(prepared_module, "has_vnni", lambda: False)
+    opened = FXBackend().open(prepare_qat_fx(Functional().train(), users_mapping(bits), EXAMPLE))
+    models.observed(opened, batch := models.images(64))
+    with opened.phase(Phase.EVALUATE), torch.no_grad():
+        expected = opened.module(batch)
+        converted = opened.convert()
+        assert (converted(batch) - expected).abs().mean() <= 0.005 * expected.std()
+    (packed,) = [each for name, each in vars(converted).items() if name.startswith("_packed_weight")]
+    levels = packed.unpack()[0].int_repr()
+    limit = 64 if bits == 8 else 2 ** (bits - 1)
+    assert -limit <= levels.min()
+    assert levels.max() == limit - 1
+
+
+class Dilated(nn.Module):
+    """One weight read by a layer with a BatchNorm, and by a call of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.bn1, self.bn2, self.linear = nn.BatchNorm2d(8), nn.BatchNorm2d(8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        one = self.bn1(self.conv(x)).relu()
+        other = self.bn2(F.conv2d(x, self.conv.weight, padding=2, dilation=2)).relu()
+        return cast(Tensor, self.linear((one + other).mean((2, 3))))
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_weight_that_is_read_again_is_the_one_of_before_folding(quantized: bool) -> None:
+    model, batch = models._seen(Dilated(), nn.Linear(1, 1), 5), models.images(16)
+    mapping = users_mapping(8)
+    if not quantized:
+        mapping.set_object_type(F.conv2d, None)
+    opened = FXBackend().open(prepare_qat_fx(copy.deepcopy(model).train(), mapping, EXAMPLE))
+    with torch.no_grad(), opened.phase(Phase.FLOAT):
+        exact = model(batch)
+        torch.testing.assert_close(opened.module(batch), exact, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(opened.float_model().eval()(batch), exact, rtol=1e-4, atol=1e-5)
+
+
+def test_an_embedding_has_torch_aos_own_quantizer() -> None:
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.positions = nn.Conv2d(3, 8, 4, stride=4), nn.Embedding(16, 8)
+            self.linear = nn.Linear(8, 5)
+            self.register_buffer("places", torch.arange(16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x).flatten(2).transpose(1, 2) + self.positions(self.places)
+            return cast(Tensor, self.linear(x.mean(1)))
+
+    model = Positions().eval()
+    mapping = users_mapping(8).set_object_type(nn.Embedding, default_embedding_qat_qconfig)
+    prepared = prepare_qat_fx(copy.deepcopy(model).train(), mapping, EXAMPLE)
+    told: dict[str, Any] = {"input_size": 16, "mean": (0.5,) * 3, "std": (0.25,) * 3}
+    sizes = {
+        "samples": 16,
+        "steps": 2,
+        "warmup_steps": 2,
+        "refine_steps": 1,
+        "range_samples": 16,
+        "batch_size": 8,
+    }
+    adadfq_plugin.calibrate(prepared, settings={**sizes, "generator_width": 16}, **told)
+    converted = convert_fx(copy.deepcopy(prepared.eval()))
+    assert isinstance(converted.positions, nnq.Embedding)
+    batch = models.images(16)
+    with torch.no_grad():
+        exact = model(batch)
+        assert (converted(batch) - exact).abs().mean() <= 0.1 * exact.std()
+
+
+@pytest.mark.parametrize("which", ["input", "output"])
+def test_models_that_take_or_give_integers_are_refused(which: str) -> None:
+    custom = PrepareCustomConfig()
+    getattr(custom, f"set_{which}_quantized_indexes")([0])
+    prepared = prepare_qat_fx(
+        models.trained().train(), users_mapping(8), EXAMPLE, prepare_custom_config=custom
+    )
+    with pytest.raises(ModelError, match=rf"prepared with set_{which}_quantized_indexes\(\[0\]\)"):
+        FXBackend().open(prepared)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_batch_norms_of_transposed_convolutions_are_folded(bias: bool) -> None:
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 6, 2, stride=2, bias=bias), nn.BatchNorm2d(6)),
+        *(nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5)),
+    )  # fmt: skip
+    model, batch = models._seen(model, nn.Linear(1, 1), 5), models.images(16)
+    opened = FXBackend().open(FXBackend().prepare(model, models.SIZE, Scheme()))
+    assert not any(isinstance(each, nn.BatchNorm2d) for each in opened.module.modules())
+    with torch.no_grad(), opened.phase(Phase.FLOAT):
+        torch.testing.assert_close(opened.module(batch), model(batch), rtol=1e-4, atol=1e-5)
+
+
+def test_calls_that_write_no_values_are_left_alone() -> None:
+    class Asking(models.Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.requires_grad_())
+
+    opened = FXBackend().open(prepare_qat_fx(Asking().train(), users_mapping(8), EXAMPLE))
+    models.observed(opened, models.images(4))

@@ -850,3 +850,29 @@ def test_statistics_of_the_batch_are_refused_behind_a_convolution() -> None:
     net(torch.zeros(2, *models.SIZE))
     with pytest.raises(ModelError, match="keeps no running statistics"):
         PT2EBackend().prepare(net.eval(), models.SIZE, Scheme())
+
+
+@pytest.mark.parametrize("channels", [(8, 4), (4, 8)])
+def test_weights_of_transposed_convolutions_may_have_steps_of_their_inputs(channels: tuple[int, int]) -> None:
+    inner = nn.ConvTranspose2d(*channels, 2, stride=2)
+    model = nn.Sequential(
+        nn.Conv2d(3, channels[0], 3), nn.ReLU(), inner, nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    activation = spec(fake(MinMaxObserver), 0, 255)
+    per_channel = {"qscheme": torch.per_channel_symmetric, "ch_axis": 0}
+    weight = spec(fake(PerChannelMinMaxObserver), -128, 127, **per_channel)
+    users = Users(activation, weight, target=ATEN.conv_transpose2d.input)
+    opened = PT2EBackend().open(prepare_qat_pt2e(exported(model.eval()), users))
+    models.observed(opened, models.images(8))
+    for each, unit in zip(opened.weights(), opened.weight_units(), strict=True):
+        assert torch.broadcast_shapes(each.shape, unit.shape) == each.shape
+
+
+def test_random_slopes_are_fixed_when_a_network_answers() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.RReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
+    )
+    batch = models.images(8)
+    opened = PT2EBackend().open(PT2EBackend().prepare(model.eval(), models.SIZE, Scheme()))
+    with torch.no_grad(), opened.phase(Phase.FLOAT):
+        torch.testing.assert_close(opened.module(batch), model(batch), rtol=1e-5, atol=1e-5)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adadfq_plugin.config import AdaDFQSettings, GeneratorSettings
+from adadfq_plugin.errors import ModelError
 from adadfq_plugin.functional import (
     balance_loss,
     disagreement_information,
@@ -21,7 +22,7 @@ from adadfq_plugin.functional import (
 from adadfq_plugin.game.pace import Pace
 from adadfq_plugin.game.pool import augment
 from adadfq_plugin.generators import Generator, coloured, natural_noise, whitened
-from adadfq_plugin.priors import BNStatistics, choose_priors
+from adadfq_plugin.priors import BNStatistics, choose_priors, trial_images
 from adadfq_plugin.teacher import Teacher
 
 __all__ = ["GeneratorPlayer"]
@@ -47,7 +48,8 @@ class GeneratorPlayer:
         device: where to run.
 
     Raises:
-        ModelError: the teacher was never trained, or doesn't admit a prior that was asked for.
+        ModelError: the teacher was never trained, doesn't admit a prior that was asked for, or gives its answers no
+            gradient.
     """
 
     def __init__(
@@ -60,6 +62,12 @@ class GeneratorPlayer:
     ) -> None:
         self.teacher, self.settings, self.batch_size, self._rng = teacher, settings, batch_size, rng
         self.prior, self.notes = choose_priors(settings, teacher)
+        if not teacher(trial_images(teacher).requires_grad_()).requires_grad:
+            raise ModelError(
+                "the logits have no gradient for the images: the network detaches what it computes, or does it under "
+                "torch.no_grad(); take that out of its forward (requires_grad_(False) freezes weights), or use method "
+                "'noise'"
+            )
         known = any(isinstance(prior, BNStatistics) for _, prior in self.prior.parts)
         self.natural = settings.natural if settings.natural is not None else 0.0 if known else NATURAL
         if self.natural:

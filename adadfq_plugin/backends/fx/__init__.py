@@ -16,6 +16,7 @@ from torch.ao.quantization.quantize_fx import prepare_qat_fx
 from torch.fx import GraphModule
 
 from adadfq_plugin.backends.fx.fake_quantize import LearnedFakeQuantize
+from adadfq_plugin.backends.fx.folding import fold_transposed
 from adadfq_plugin.backends.fx.graphs import prepared_attributes
 from adadfq_plugin.backends.fx.kernels import best_engine, has_vnni, using_engine
 from adadfq_plugin.backends.fx.macs import integer_macs
@@ -93,6 +94,7 @@ class FXBackend:
         example = (torch.zeros(2, *input_size),)
         with using_engine(engine):
             traced = traceable(model, input_size)
+            fold_transposed(traced)
             try:
                 traced, mapping, sites = leave_in_float(
                     traced, qconfig_mapping(scheme), normed_streams(traced)

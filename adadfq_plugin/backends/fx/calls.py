@@ -145,7 +145,9 @@ def as_call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         kwargs = dict(kwargs)
         args = args or (kwargs.pop("input"),)
         is_method = isinstance(args[0], Tensor)
-    if name == "mean" and _is_global_average(*args, **kwargs):
+    if (name == "mean" and _is_global_average(*args, **kwargs)) or (
+        name == "avg_pool2d" and _covers_all(*args, **kwargs)
+    ):
         return Call("call_function", F.adaptive_avg_pool2d, (args[0], 1), {})
     if not is_method:
         return Call("call_function", func, *with_argument(func, args, kwargs, "inplace", False))
@@ -162,6 +164,20 @@ def _is_global_average(input: Tensor, dim: Any = None, keepdim: bool = False, **
     """Whether a mean is a global pooling, whose integer kernel is exact; the one of ``mean`` adds in floating point."""
     dims = sorted(each % input.ndim for each in dim) if isinstance(dim, (tuple, list)) else []
     return input.ndim == 4 and dims == [2, 3] and keepdim and not others
+
+
+def _covers_all(
+    input: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, *_others: Any, **_named: Any
+) -> bool:
+    """Whether an average pooling is a global one."""
+    height, width = (
+        (kernel_size, kernel_size)
+        if isinstance(kernel_size, int)
+        else tuple(kernel_size) * (3 - len(kernel_size))
+    )
+    return (height, width) == tuple(input.shape[2:]) and not any(
+        padding if isinstance(padding, tuple | list) else (padding,)
+    )
 
 
 def bounds_nothing(_input: Tensor, min: Any = None, max: Any = None, **_out: Any) -> bool:

@@ -301,7 +301,7 @@ class ConcreteTrace(TorchFunctionMode):
 
 def _is_leaf(module: nn.Module) -> bool:
     """Whether ``module`` is torch's own, and nothing that its class does not show changes what it does."""
-    if isinstance(module, nn.Sequential) or nn.utils.parametrize.is_parametrized(module):
+    if isinstance(module, nn.Sequential | nn.AvgPool2d) or nn.utils.parametrize.is_parametrized(module):
         return False
     if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
         return False

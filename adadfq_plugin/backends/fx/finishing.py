@@ -16,13 +16,20 @@ from torch.ao.quantization.observer import ObserverBase, PlaceholderObserver
 from torch.fx import GraphModule, Node
 
 from adadfq_plugin.backends.fx.fake_quantize import LearnedFakeQuantize
-from adadfq_plugin.backends.fx.graphs import INTEGER, called, module_of, prepared_attributes, quantizer_nodes
+from adadfq_plugin.backends.fx.graphs import (
+    INTEGER,
+    POOLINGS,
+    called,
+    free_name,
+    module_of,
+    prepared_attributes,
+    quantizer_nodes,
+)
 from adadfq_plugin.ranges import levels_that_fit
 
 __all__ = [
-    "ADAPTIVE_AVERAGES",
-    "POOLINGS",
     "average_channels_last",
+    "clamp_computed_weights",
     "narrow_observed_weight",
     "saturate_activations",
     "settle_weights",
@@ -30,13 +37,6 @@ __all__ = [
 ]
 
 WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.ConvTranspose1d, nn.ConvTranspose2d)
-ADAPTIVE_AVERAGES = (
-    nn.AdaptiveAvgPool1d,
-    nn.AdaptiveAvgPool2d,
-    nn.AdaptiveAvgPool3d,
-    nn.functional.adaptive_avg_pool2d,
-)
-POOLINGS = (*ADAPTIVE_AVERAGES, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.functional.avg_pool2d)
 
 
 def settle_weights(model: GraphModule, trainable: bool) -> None:
@@ -140,6 +140,25 @@ def saturate_activations(model: GraphModule) -> None:
         with model.graph.inserting_after(node):
             clamp = model.graph.call_function(torch.clamp, (node, *limits))
         _put_between(model, node, clamp, users)
+
+
+def clamp_computed_weights(model: GraphModule) -> None:
+    """Bounds in front of the quantizer of each computed weight: ``convert_fx`` keeps no quant_max of these either."""
+    for node in quantizer_nodes(model):
+        quantizer, weight = module_of(model, node), node.all_input_nodes[0]
+        if (
+            not isinstance(quantizer, LearnedFakeQuantize)
+            or not quantizer.per_channel
+            or not quantizer.saturates_early()
+        ):
+            continue
+        bounded = weight
+        for nearer, bound in zip((torch.maximum, torch.minimum), quantizer.bounds(), strict=True):
+            name = free_name(model, f"{node.name}_bound")
+            model.register_buffer(name, quantizer.along(bound.detach(), quantizer.ndim).clone())
+            with model.graph.inserting_before(node):
+                bounded = model.graph.call_function(nearer, (bounded, model.graph.get_attr(name)))
+        node.replace_input_with(weight, bounded)
 
 
 def average_channels_last(model: GraphModule) -> None:

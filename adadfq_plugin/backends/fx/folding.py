@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from typing import cast
 
 import torch
@@ -10,11 +11,11 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
-from adadfq_plugin.backends.fx.graphs import is_quantizer, quantizer_nodes
+from adadfq_plugin.backends.fx.graphs import free_name, is_quantizer, module_of, quantizer_nodes
 from adadfq_plugin.backends.fx.layers import LAYERS, WITH_BATCH_NORM, WITH_RELU
 from adadfq_plugin.sites import replace_module, sites
 
-__all__ = ["float_copy", "fold_batch_norm", "number_padding"]
+__all__ = ["float_copy", "fold_batch_norm", "fold_transposed", "number_padding"]
 
 
 def number_padding(model: nn.Module) -> None:
@@ -30,6 +31,30 @@ def number_padding(model: nn.Module) -> None:
             module.padding = (0,) * len(sides)
         elif not any(side % 2 for side in sides):
             module.padding = tuple(side // 2 for side in sides)
+
+
+def fold_transposed(model: GraphModule) -> None:
+    """Folds each BatchNorm behind a transposed convolution into it, in place: torch.ao can't do so while it trains.
+
+    Args:
+        model: traced, not prepared yet.
+    """
+    calls = Counter(str(node.target) for node in model.graph.nodes if node.op == "call_module")
+    for node in list(model.graph.nodes):
+        bn = module_of(model, node)
+        if not isinstance(bn, nn.modules.batchnorm._BatchNorm) or bn.running_mean is None:
+            continue
+        source = node.all_input_nodes[0]
+        conv = module_of(model, source)
+        once = calls[str(node.target)] == calls[str(source.target)] == len(source.users) == 1
+        if not once or not isinstance(conv, nn.modules.conv._ConvTransposeNd) or conv.groups > 1:
+            continue
+        statistics = (bn.running_mean, cast(Tensor, bn.running_var), bn.eps, bn.weight, bn.bias)
+        conv.weight, bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics, transpose=True)
+        conv.bias = bias
+        node.replace_all_uses_with(source)
+        model.graph.erase_node(node)
+    model.recompile()
 
 
 def _plain(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
@@ -49,7 +74,21 @@ def _plain(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
     return plain.train(module.training)
 
 
-def fold_batch_norm(model: nn.Module) -> None:
+def _keep_what_is_read(model: GraphModule) -> None:
+    """Gives the model itself the weights that calls read of layers, in place: a layer may be replaced by another."""
+    for node in model.graph.find_nodes(op="get_attr"):
+        owner, _, name = str(node.target).rpartition(".")
+        if not hasattr(model.get_submodule(owner), "weight_fake_quant"):
+            continue
+        tensor = getattr(model.get_submodule(owner), name)
+        node.target = free_name(model, f"{owner.replace('.', '_')}_{name}")
+        if isinstance(tensor, nn.Parameter):
+            model.register_parameter(node.target, tensor)
+        else:
+            model.register_buffer(node.target, tensor)
+
+
+def fold_batch_norm(model: GraphModule) -> None:
     r"""Folds each fused BatchNorm of a QAT model into its convolution, in place, with running statistics.
 
     .. math:: w' = w\,\gamma / \sigma, \qquad b' = (b - \mu)\,\gamma / \sigma + \beta
@@ -57,6 +96,7 @@ def fold_batch_norm(model: nn.Module) -> None:
     torch.ao divides by :math:`\gamma / \sigma` in its own fused modules; here a channel with
     :math:`\gamma = 0` is a channel of zeros.
     """
+    _keep_what_is_read(model)
     for path, module in list(sites(model)):
         layer = WITH_BATCH_NORM.get(type(module))
         if layer is None:
@@ -86,8 +126,12 @@ def float_copy(prepared: GraphModule) -> GraphModule:
     for node in quantizer_nodes(model):
         node.replace_all_uses_with(cast(Node, node.args[0]))
         model.graph.erase_node(node)
+    _keep_what_is_read(model)
     for path, module in list(sites(model)):
         if not hasattr(module, "weight_fake_quant"):
+            continue
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            replace_module(model, path, module.to_float())  # type: ignore[operator]
             continue
         plain = _plain(module, next(kind for kind in LAYERS if isinstance(module, kind)))
         parts = [plain]

@@ -18,9 +18,12 @@ from torch.fx import GraphModule, Node
 from adadfq_plugin.sites import replace_module
 
 __all__ = [
+    "ADAPTIVE_AVERAGES",
     "ATTRIBUTES",
     "INTEGER",
+    "MEANS",
     "MOVES",
+    "POOLINGS",
     "VIEWS",
     "called",
     "free_name",
@@ -33,6 +36,13 @@ __all__ = [
 
 ATTRIBUTES = "_observed_graph_module_attrs"
 INTEGER = (torch.quint8, torch.qint8)
+ADAPTIVE_AVERAGES = (
+    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+    F.adaptive_avg_pool2d,
+)
+POOLINGS = (*ADAPTIVE_AVERAGES, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, F.avg_pool2d)
+MEANS = (*ADAPTIVE_AVERAGES, torch.mean, "mean")
+"""Averages of so many numbers that they use few of the levels of these, which their integer kernels would give them."""
 VIEWS = (
     *("flatten", "view", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "contiguous"),
     *("select", "narrow", "expand", "split", "split_with_sizes", "chunk", "unbind"),

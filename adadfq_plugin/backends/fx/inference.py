@@ -83,6 +83,8 @@ def _write_anew(node: Node) -> bool:
         node.target = AUGMENTED[node.target]
         return True
     name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
+    if name in HARMLESS:
+        return False
     plain = name[:-1] if name.endswith("_") and not name.endswith("__") else ""
     if name.startswith("__i") and hasattr(Tensor, f"__{name[3:]}"):
         plain = f"__{name[3:]}"

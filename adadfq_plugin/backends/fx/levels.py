@@ -5,13 +5,26 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 from torch import nn
 from torch.ao.quantization.backend_config import ObservationType, get_native_backend_config
 from torch.fx import GraphModule, Node
 
-from adadfq_plugin.backends.fx.graphs import INTEGER, called, is_quantizer, module_of
+from adadfq_plugin.backends.fx.calls import in_float
+from adadfq_plugin.backends.fx.graphs import INTEGER, MEANS, called, is_quantizer, module_of
 
-__all__ = ["has_fixed_levels", "requantize"]
+__all__ = ["averages_in_float", "has_fixed_levels", "is_average", "requantize"]
+
+_NAMES: dict[Any, str] = {
+    "mean": ".mean",
+    torch.mean: "torch.mean",
+    nn.AdaptiveAvgPool1d: "torch.nn.functional.adaptive_avg_pool1d",
+    nn.AdaptiveAvgPool3d: "torch.nn.functional.adaptive_avg_pool3d",
+    **dict.fromkeys(
+        (nn.AdaptiveAvgPool2d, nn.functional.adaptive_avg_pool2d), "torch.nn.functional.adaptive_avg_pool2d"
+    ),
+}
+"""What `in_float` calls each of the averages."""
 
 
 @functools.cache
@@ -43,6 +56,34 @@ def has_fixed_levels(model: GraphModule, node: Node) -> bool:
     while called(model, node) in _keeping_levels() and len(node.all_input_nodes) == 1:
         (node,) = node.all_input_nodes
     return called(model, node) in _fixing_levels()
+
+
+def is_average(model: GraphModule, node: Node) -> bool:
+    """Whether a call takes one of the averages, hidden by :func:`averages_in_float` or not."""
+    what = called(model, node)
+    return what in MEANS or (what is in_float and node.args[0] in _NAMES.values())
+
+
+def averages_in_float(model: GraphModule) -> None:
+    """Hides averages from torch.ao that are quantized anew behind themselves; in place.
+
+    torch.ao lowers what stands between two quantizers whatever its qconfig, and the integer kernel rounds an average to
+    the levels of what it takes, before it gets its own.
+
+    Args:
+        model: a prepared model.
+    """
+    for node in list(model.graph.nodes):
+        what = called(model, node)
+        source = node.all_input_nodes[0] if what in MEANS else None
+        levels = None if source is None else _quantizer(model, source)
+        behind = {_quantizer(model, each) for each in node.users} - {None}
+        if levels is None or behind <= {levels}:
+            continue
+        module = module_of(model, node)
+        args = node.args if module is None else (source, module.output_size)
+        node.op, node.target, node.args = "call_function", in_float, (_NAMES[what], *args)
+    model.recompile()
 
 
 def requantize(model: GraphModule) -> None:

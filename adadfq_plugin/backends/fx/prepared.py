@@ -17,8 +17,8 @@ from torch.fx import GraphModule, Node
 from adadfq_plugin.backends.fx.clamps import absorb_clamps
 from adadfq_plugin.backends.fx.fake_quantize import LearnedFakeQuantize
 from adadfq_plugin.backends.fx.finishing import (
-    POOLINGS,
     average_channels_last,
+    clamp_computed_weights,
     narrow_observed_weight,
     saturate_activations,
     settle_weights,
@@ -29,6 +29,7 @@ from adadfq_plugin.backends.fx.functional_layers import lift_functions
 from adadfq_plugin.backends.fx.graphs import (
     ATTRIBUTES,
     INTEGER,
+    POOLINGS,
     called,
     is_quantizer,
     module_of,
@@ -39,7 +40,7 @@ from adadfq_plugin.backends.fx.graphs import (
 from adadfq_plugin.backends.fx.inference import as_inference
 from adadfq_plugin.backends.fx.kernels import GROUPS, adds_in_16_bits, has_vnni, using_engine
 from adadfq_plugin.backends.fx.layers import FUNCTIONS
-from adadfq_plugin.backends.fx.levels import requantize
+from adadfq_plugin.backends.fx.levels import averages_in_float, is_average, requantize
 from adadfq_plugin.contracts import Phase
 from adadfq_plugin.errors import ModelError
 from adadfq_plugin.fake_quantize import refuse_dynamic, switched
@@ -56,7 +57,6 @@ CALIBRATED = "adadfq_calibrated"
 IN_FLOAT = "adadfq_in_float"
 """Key of ``meta`` for sentences about what was left in float."""
 SUMS = (operator.add, torch.add, "add")
-AVERAGES = (*POOLINGS, torch.mean, "mean")
 
 
 def copies_note(count: int) -> list[str]:
@@ -65,6 +65,17 @@ def copies_note(count: int) -> list[str]:
     return [f"{count} repeated {what} of the weights: an integer layer has one scale of its output"] * bool(
         count
     )
+
+
+def _refuse_integers_outside(prepared: GraphModule) -> None:
+    """Refuses a model that takes integers or gives them: it is calibrated on images, by its logits."""
+    custom = prepared_attributes(prepared).prepare_custom_config
+    for name in ("input_quantized_indexes", "output_quantized_indexes"):
+        if getattr(custom, name):
+            raise ModelError(
+                f"the model was prepared with set_{name}({getattr(custom, name)}), so that it does not map images to "
+                "logits: prepare it without"
+            )
 
 
 class FXPrepared:
@@ -82,6 +93,7 @@ class FXPrepared:
         self._calibrated = bool(original.meta.get(CALIBRATED))
         self.notes: list[str] = list(original.meta.get(IN_FLOAT, ()))
         self.engine: str = original.meta.get(ENGINE, torch.backends.quantized.engine)
+        _refuse_integers_outside(original)
         self.module: GraphModule = copy.deepcopy(original)
         as_inference(self.module)
         lift_functions(self.module)
@@ -97,6 +109,7 @@ class FXPrepared:
             sum(any(True for _ in self.module.get_submodule(name).parameters()) for name in self.origins)
         )
         fold_batch_norm(self.module)
+        averages_in_float(self.module)
         if requantized:
             requantize(self.module)
         self.lowest_bits = 8
@@ -119,7 +132,8 @@ class FXPrepared:
         for path, module in list(sites(self.module)):
             if not isinstance(module, FakeQuantizeBase) or isinstance(module, FixedQParamsFakeQuantize):
                 continue
-            if getattr(module, "is_dynamic", False) or module.dtype not in INTEGER:
+            embeds = getattr(module, "qscheme", None) is torch.per_channel_affine_float_qparams
+            if getattr(module, "is_dynamic", False) or module.dtype not in INTEGER or embeds:
                 continue
             if id(module) not in learned:
                 learned[id(module)] = LearnedFakeQuantize.like(module)
@@ -188,7 +202,7 @@ class FXPrepared:
             quantizer, source = self._quantizer_of(node), node.args[0]
             if quantizer is None or not isinstance(source, Node):
                 continue
-            quantizer.averages |= called(self.module, source) in AVERAGES
+            quantizer.averages |= is_average(self.module, source) or called(self.module, source) in POOLINGS
 
     def _note_rounded_terms(self) -> None:
         """Inductor adds within a convolution, where torch.ao rounds first: with few levels that costs accuracy."""
@@ -304,6 +318,7 @@ class FXPrepared:
         """Makes the private copy ready for ``convert_fx``; its outputs stay what they were."""
         settle_weights(self.module, self.trainable)
         saturate_activations(self.module)
+        clamp_computed_weights(self.module)
         average_channels_last(self.module)
         self.module.recompile()
         for module in self.module.modules():

@@ -11,7 +11,7 @@ from torch import nn
 from torch.ao.quantization import MinMaxObserver, QConfig, QConfigMapping, get_default_qat_qconfig_mapping
 
 from adadfq_plugin.backends.fx.fake_quantize import LearnedFakeQuantize
-from adadfq_plugin.backends.fx.finishing import ADAPTIVE_AVERAGES
+from adadfq_plugin.backends.fx.graphs import MEANS
 from adadfq_plugin.backends.fx.kernels import best_engine
 from adadfq_plugin.config import Scheme
 
@@ -65,8 +65,7 @@ def qconfig_mapping(scheme: Scheme, *, float_modules: Iterable[str] = ()) -> QCo
     for operation, qconfig in default.object_type_qconfigs.items():
         if qconfig is not None and _has_fixed_range(qconfig):
             mapping.set_object_type(operation, QConfig(activation=qconfig.activation, weight=weight))
-    # the integer ones return the levels of what they take, of which means use few
-    for average in (*ADAPTIVE_AVERAGES, torch.mean, "mean"):
+    for average in MEANS:  # in vain where a layer reads one directly: see averages_in_float
         mapping.set_object_type(average, None)
     for name in float_modules:
         mapping.set_module_name(name, None)

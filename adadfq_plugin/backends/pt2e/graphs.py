@@ -158,6 +158,8 @@ def use_eval_mode(model: GraphModule) -> None:
             _set_argument(node, "dropout_p", 0.0)
         elif node.target.overloadpacket in RECURRENT:
             _set_argument(node, "train", False)
+        elif node.target.overloadpacket in (aten.rrelu, aten.rrelu_):
+            _set_argument(node, "training", False)
         elif node.target.overloadpacket in DROPOUTS:
             node.replace_all_uses_with(node.args[0])
             model.graph.erase_node(node)

@@ -15,7 +15,7 @@ from torchao.quantization.pt2e.fake_quantize import FakeQuantizeBase
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
 from adadfq_plugin.backends.pt2e.fake_quantize import LearnedFakeQuantize, is_quantizer, replaceable
-from adadfq_plugin.backends.pt2e.folding import float_copy, fold_batch_norm
+from adadfq_plugin.backends.pt2e.folding import TRANSPOSED, float_copy, fold_batch_norm
 from adadfq_plugin.backends.pt2e.graphs import (
     is_constant,
     plain_copy,
@@ -199,10 +199,10 @@ class PT2EPrepared:
             bias = layer.args[2] if len(layer.args) > 2 else None
             if isinstance(bias, Node) and bias.op == "get_attr":
                 found = tensor_at(self.module, str(bias.target))
+                of_outputs = quantizer.per_channel and quantizer.ch_axis == int(layer.target in TRANSPOSED)
                 # the groups of a transposed convolution share their channels' steps
-                units[id(found)] = (
-                    scale.repeat(len(found) // len(scale)) * (weight.numel() / len(found)) ** 0.5
-                )
+                own = scale.repeat(len(found) // len(scale)) if of_outputs else scale.mean()
+                units[id(found)] = own * (weight.numel() / len(found)) ** 0.5
         # what is not quantized (an affine BatchNorm) moves by a hundredth of its size
         return [units.get(id(each), each.detach().abs().mean() / 100) for each in self.weights()]
 
