@@ -137,9 +137,6 @@ class GeneratorSettings(Settings):
     refine_rate: Rate = Field(
         0.025, description="learning rate of kept images (Adam), as a share of the range of valid pixels"
     )
-    second_class: Fraction = Field(
-        0.5, description="largest share of a second class in what a refined image is to show"
-    )
     natural: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         None,
         description="share of noise with the spectrum of photographs in G's images; unset: 0.95 where no BatchNorm "

@@ -86,7 +86,6 @@ INGREDIENTS: dict[str, Ingredient] = {
     "kl": Ingredient("training", "the divergence (instead: the paper's loss)", {"loss": "information"}),
     "keep best": Ingredient("training", "taking back what did harm", {"keep_best": False}),
     "refining": Ingredient("images", "refining of images", {"refine_steps": 0}),
-    "second class": Ingredient("images", "a second class in an image", {"second_class": 0.0}),
     "spectrum": Ingredient("images", "moves in photographs' spectrum", falls=(0.0,)),
     "pixels": Ingredient("images", "moves of single pixels", falls=(1.0,)),
     "parts": Ingredient("images", "views while refining", parts=False),

@@ -289,29 +289,6 @@ def test_refined_images_are_better_and_still_images() -> None:
     assert all(parameter.grad is None for parameter in (*teacher.model.parameters(), *player.parameters))
 
 
-def test_a_refined_image_shows_two_classes() -> None:
-    teacher = models.teacher()
-    rng = torch.Generator().manual_seed(0)
-    one, two = (
-        GeneratorPlayer(
-            teacher,
-            GeneratorSettings(latent_dim=8, generator_width=16, second_class=share),
-            16,
-            rng,
-            torch.device("cpu"),
-        )
-        for share in (0.0, 0.5)
-    )
-    labels = torch.arange(1000) % models.CLASSES
-    assert torch.equal(one._shared(labels).argmax(1), labels)
-    assert one._shared(labels).max(1).values.min() == 1
-    shares = two._shared(labels)
-    assert torch.allclose(shares.sum(1), torch.ones(1000))
-    of_label = shares.gather(1, labels[:, None])
-    assert 0.49 < of_label.min() < 0.52
-    assert (shares > 0).sum(1).max() == 2
-
-
 def test_updates_that_are_not_finite_are_left_out() -> None:
     opened = FXPrepared(models.prepared())
     batch = models.images(8)

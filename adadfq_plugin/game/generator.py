@@ -137,7 +137,7 @@ class GeneratorPlayer:
         Args:
             prior: the prior's loss over P's forward pass.
             images: (N, C, H, W) as G made them.
-            labels: the labels that G was given (N,); each image is to show a share of a second class as well.
+            labels: the labels that G was given (N,).
             pace: steps of Adam, each on another view of every image.
 
         Returns:
@@ -155,23 +155,14 @@ class GeneratorPlayer:
         reach = facts.to_standard(self.generator.highest) - facts.to_standard(self.generator.lowest)
         rate = self.settings.refine_rate * reach.mean().item()
         optimizer = torch.optim.Adam([white], lr=rate, betas=(0.5, 0.999))
-        target = self._shared(labels)
         for _ in pace:
             optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * pace.fraction))
             pixels = seen()
             valid = pixels + (self.generator.clip(pixels) - pixels).detach()  # clipped ones may come back
-            loss, figures = self._recognised(prior, self.teacher(augment(valid, self._rng)), target, LABEL)
+            loss, figures = self._recognised(prior, self.teacher(augment(valid, self._rng)), labels, LABEL)
             (white.grad,) = torch.autograd.grad(loss, white)
             optimizer.step()
         return self.generator.clip(seen().detach()), figures
-
-    def _shared(self, labels: Tensor) -> Tensor:
-        """Class probabilities (N, C): the label, but for a random share that goes to a random class."""
-        classes = self.generator.num_classes
-        share = self.settings.second_class * torch.rand(len(labels), 1, generator=self._rng)
-        second = torch.randint(classes, (len(labels),), generator=self._rng).to(labels.device)
-        first, other = (nn.functional.one_hot(each, classes).float() for each in (labels, second))
-        return torch.lerp(first, other, share.to(labels.device))
 
     def _recognised(
         self, prior: Callable[[], Tensor], z_p: Tensor, labels: Tensor, weight: float = 1.0
