@@ -214,9 +214,8 @@ def calibrate(
     def tell(sentence: str, advice: str = "") -> None:
         if sentence:
             told.append(sentence)
-            warnings.warn(
-                f"adadfq_plugin: {sentence}{advice}", UserWarning, stacklevel=4
-            )  # on_cpu is a frame as well
+            # the caller's line, behind this function, calibrate and on_cpu
+            warnings.warn(f"adadfq_plugin: {sentence}{advice}", UserWarning, stacklevel=4)
 
     tell(facts.guessed, "; pass them by keyword")
     if opened.trainable and not opened.weights():

@@ -418,6 +418,24 @@ def test_global_averages_are_poolings_which_have_an_exact_kernel() -> None:
     torch.testing.assert_close(outputs(traced, images), outputs(Squeezed(), images))
 
 
+@pytest.mark.parametrize(
+    ("pooling", "is_global"),
+    [
+        (nn.AvgPool2d(12), True),
+        (nn.AvgPool2d((12,)), True),
+        (nn.AvgPool2d((12, 12), stride=1), True),
+        (nn.AvgPool2d(12, divisor_override=7), False),
+        (nn.AvgPool2d(12, padding=1), False),
+        (nn.AvgPool2d(11), False),
+        (nn.AvgPool2d((12, 6)), False),
+    ],
+)
+def test_poolings_over_the_whole_map_are_global_averages(pooling: nn.AvgPool2d, is_global: bool) -> None:
+    traced, images = traceable(nn.Sequential(pooling, nn.Flatten()), 12), torch.randn(4, 3, 12, 12)
+    assert (F.adaptive_avg_pool2d in functions(traced)) == is_global
+    torch.testing.assert_close(outputs(traced, images), pooling(images).flatten(1))
+
+
 class Averaged(nn.Module):
     """Three ways to write the same average."""
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.modules.utils import _pair
 
 __all__ = [
     "READS_VALUES",
@@ -167,17 +168,17 @@ def _is_global_average(input: Tensor, dim: Any = None, keepdim: bool = False, **
 
 
 def _covers_all(
-    input: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, *_others: Any, **_named: Any
+    input: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
 ) -> bool:
     """Whether an average pooling is a global one."""
-    height, width = (
-        (kernel_size, kernel_size)
-        if isinstance(kernel_size, int)
-        else tuple(kernel_size) * (3 - len(kernel_size))
-    )
-    return (height, width) == tuple(input.shape[2:]) and not any(
-        padding if isinstance(padding, tuple | list) else (padding,)
-    )
+    kernel, sides = (tuple(_pair(each)) for each in (kernel_size, padding))
+    return kernel == tuple(input.shape[2:]) and not any(sides) and divisor_override is None
 
 
 def bounds_nothing(_input: Tensor, min: Any = None, max: Any = None, **_out: Any) -> bool:
