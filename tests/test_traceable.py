@@ -422,7 +422,6 @@ def test_global_averages_are_poolings_which_have_an_exact_kernel() -> None:
     ("pooling", "is_global"),
     [
         (nn.AvgPool2d(12), True),
-        (nn.AvgPool2d((12,)), True),
         (nn.AvgPool2d((12, 12), stride=1), True),
         (nn.AvgPool2d(12, divisor_override=7), False),
         (nn.AvgPool2d(12, padding=1), False),
