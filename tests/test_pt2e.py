@@ -266,6 +266,7 @@ def test_layers_that_are_left_in_float_are_folded_as_well() -> None:
     assert (faithful(prepared, batch) - exact).abs().mean() <= 0.05 * exact.std()
 
 
+@pytest.mark.filterwarnings("ignore:adadfq_plugin. the prepared model is not the teacher:UserWarning")
 def test_a_prepared_model_may_be_calibrated_twice() -> None:
     prepared, batch = PT2EBackend().prepare(models.trained(), models.SIZE, Scheme()), models.images(16)
     for _ in range(2):
