@@ -29,6 +29,7 @@ from adadfq_plugin.contracts import Outcome, Progress, Task
 from adadfq_plugin.dataset import SyntheticDataset
 from adadfq_plugin.errors import BrokenPluginError, ModelError, SettingsError, first_line
 from adadfq_plugin.facts import Facts, device_of, find_facts
+from adadfq_plugin.game.pace import check_limit
 from adadfq_plugin.history import History
 from adadfq_plugin.hooks import fork_rng, module_modes, on_cpu
 from adadfq_plugin.teacher import make_teacher, refuse_nan
@@ -192,7 +193,7 @@ def calibrate(
     made = method_settings(chosen, settings, preset)
     for model in (prepared,) if teacher is None else (prepared, teacher):
         _refuse_others(model)
-    seed, asked = checked_run(minutes, seed, device)
+    seed, asked = checked_run(made, minutes, seed, device)
     where = asked or device_of(prepared)
     toolkit = backend_of(prepared, backend)
     with fork_rng(seed):
@@ -273,12 +274,12 @@ def _refuse_others(model: Any) -> None:
 
 
 def checked_run(
-    minutes: float | None, seed: int, device: torch.device | str | None
+    settings: Settings, minutes: float | None, seed: int, device: torch.device | str | None
 ) -> tuple[int, torch.device | None]:
     """The seed as Python's own number and a device that works here, of a run that can be.
 
     Raises:
-        SettingsError: a time limit, a seed or a device that can't be used.
+        SettingsError: a time limit, a seed or a device that can't be used, or a limit that these settings don't heed.
     """
     if minutes is not None and not (isinstance(minutes, Real) and 0 < minutes < math.inf):
         raise SettingsError(f"minutes = {minutes!r} must be positive and finite")
@@ -286,6 +287,7 @@ def checked_run(
         raise SettingsError("training needs gradients: call it outside of torch.inference_mode()")
     if not isinstance(seed, Integral) or not 0 <= seed < 2**64:
         raise SettingsError(f"seed = {seed!r} must be a number from 0 to 2**64 - 1")
+    check_limit(settings, minutes)
     return int(seed), None if device is None else _device(device)
 
 
@@ -335,8 +337,8 @@ def quantize(
     """
     _refuse_others(model)
     widths = scheme_of(scheme)
-    method_settings(methods().get(method), settings, preset)  # refuse before any work
-    seed, _ = checked_run(minutes, seed, device)
+    made = method_settings(methods().get(method), settings, preset)  # refuse before any work
+    seed, _ = checked_run(made, minutes, seed, device)
     with module_modes(model, False):
         refuse_nan(model, buffers=True)
         facts = find_facts(model, input_size=input_size, num_classes=num_classes, mean=mean, std=std)

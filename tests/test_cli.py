@@ -353,6 +353,8 @@ def test_a_broken_image_is_found_before_the_work(
     monkeypatch.setattr(api, "evaluate", work)
     words = (*given.words, "--val", given.images, "-o", tmp_path / "out", "--device", "cuda:99")
     refused(2, "device 'cuda:99' can't be used", "quantize", *words)
+    words = (*words[:-2], "--preset", "paper_cifar", "--minutes", "5")
+    refused(2, "minutes = 5 has no say where steps, warmup_steps are set", "quantize", *words)
     assert [path.name for path in tmp_path.iterdir()] == ["val"]
 
 

@@ -92,8 +92,8 @@ def quantize(plan: Plan, output: Path, images: Images | None, *, force: bool, ba
         force: replace an output folder that holds something.
         bars: where progress goes.
     """
-    api.method_settings(api.methods().get(plan.run.method), plan.settings, plan.run.preset)
-    api.checked_run(plan.run.minutes, plan.run.seed, plan.run.device)
+    settings = api.method_settings(api.methods().get(plan.run.method), plan.settings, plan.run.preset)
+    api.checked_run(settings, plan.run.minutes, plan.run.seed, plan.run.device)
     if plan.run.backend != api.AUTO:
         api.backends().get(plan.run.backend)
     check_folder(output, replace=force)

@@ -13,7 +13,7 @@ from adadfq_plugin.errors import SettingsError
 from adadfq_plugin.priors import batch_norms, trial_images
 from adadfq_plugin.teacher import Teacher
 
-__all__ = ["Pace", "Plan", "make_plan"]
+__all__ = ["Pace", "Plan", "check_limit", "make_plan"]
 
 BATCH, LARGE_BATCH = 32, 8
 """Images in a step of Q, up to 64 pixels and beyond: twice the steps of half the images teach more."""
@@ -35,6 +35,8 @@ REFINE = {2: 60, 3: 60, 4: 60, 5: 50, 6: 40, 7: 30, 8: 30}
 LEAST_STEPS, LEAST_WARMUP = 120, 40
 MOST = 3
 """Longest phases under a time limit, in lengths of a cheap network's: more steps have not helped."""
+LENGTHS = {"warmup": "warmup_steps", "samples": "refine_steps", "game": "steps"}
+"""The setting that tells each phase's length."""
 SHARE = {"warmup": 0.15, "samples": 0.35, "game": 0.45}
 """What the phases take of the user's minutes, in proportion: those that don't run leave theirs to the others."""
 REST = 0.05
@@ -109,17 +111,12 @@ def make_plan(
     """
     bits = min(max(bits, 2), 8)
     small = not teacher.facts.large
-    batch = settings.batch_size or (BATCH if small else LARGE_BATCH)
-    generator_batch, warmup, refine, most = 0, 0, 0, {"game": MOST * STEPS[bits]}
+    batch, generator_batch = _batch_sizes(settings, small)
+    warmup, refine, most = 0, 0, {"game": MOST * STEPS[bits]}
     slow = max(1.0, batch * teacher.macs / CHEAP)
     if isinstance(settings, GeneratorSettings):
-        usual = GENERATED if small else LARGE_GENERATED
-        generator_batch = settings.generator_batch_size or min(settings.batch_size or usual, usual)
-        if not getattr(settings, "replay", True):  # Q moves on what G has made
-            batch = generator_batch = settings.generator_batch_size or settings.batch_size or usual
-        statistics = bool(
-            batch_norms(teacher.model, trial_images(teacher))
-        )  # without, images start from natural noise
+        # without, images start from natural noise
+        statistics = bool(batch_norms(teacher.model, trial_images(teacher)))
         usual_warmup = WARMUP[bits] / (1 if statistics else 4)
         refine = REFINE[bits] // (1 if statistics else 2)
         warmup = max(LEAST_WARMUP, round(usual_warmup / slow))
@@ -131,17 +128,45 @@ def make_plan(
     steps = settings.steps if settings.steps is not None else max(LEAST_STEPS, round(STEPS[bits] / slow))
     steps *= trains
     samples = settings.samples or (SAMPLES if small else LARGE_SAMPLES[bits])
-    names = {"warmup": "warmup_steps", "samples": "refine_steps", "game": "steps"}
-    told = frozenset(phase for phase, name in names.items() if getattr(settings, name, None) is not None)
-    run = {phase for phase, count in {"warmup": warmup, "samples": refine, "game": steps}.items() if count}
-    if minutes is not None and run and run <= told:
-        raise SettingsError(
-            f"minutes = {minutes:g} has no say where {', '.join(sorted(names[phase] for phase in run))} are set, by a "
-            "preset or by hand: set one of them to None, or leave out the minutes"
-        )
-    apart = trains and settings.rounding == "compensated" and "game" not in run - told
+    told = frozenset(phase for phase, name in LENGTHS.items() if getattr(settings, name, None) is not None)
+    check_limit(settings, minutes, trains=trains)
+    apart = trains and settings.rounding == "compensated" and (steps == 0 or "game" in told)
     rest = REST + ROUNDING * apart
     return Plan(batch, generator_batch, samples, warmup, steps, refine, minutes, rest, told, most)
+
+
+def check_limit(settings: Settings, minutes: float | None, *, trains: bool = True) -> None:
+    """Refuses a time limit that nothing would heed.
+
+    Args:
+        settings: the method's settings.
+        minutes: time limit, or None.
+        trains: whether Q can be trained.
+
+    Raises:
+        SettingsError: all that is run has a number of steps that was set.
+    """
+    names = [
+        name for phase, name in LENGTHS.items() if hasattr(settings, name) and (trains or phase != "game")
+    ]
+    run = [name for name in names if getattr(settings, name) != 0]
+    if minutes is not None and run and all(getattr(settings, name) is not None for name in run):
+        raise SettingsError(
+            f"minutes = {minutes:g} has no say where {', '.join(sorted(run))} are set, by a preset or by hand: set one "
+            "of them to None, or leave out the minutes"
+        )
+
+
+def _batch_sizes(settings: Settings, small: bool) -> tuple[int, int]:
+    """Images in a step of Q, and of G where there is one."""
+    batch = settings.batch_size or (BATCH if small else LARGE_BATCH)
+    if not isinstance(settings, GeneratorSettings):
+        return batch, 0
+    usual = GENERATED if small else LARGE_GENERATED
+    if not getattr(settings, "replay", True):  # Q moves on what G has made
+        both = settings.generator_batch_size or settings.batch_size or usual
+        return both, both
+    return batch, settings.generator_batch_size or min(settings.batch_size or usual, usual)
 
 
 class Pace:
