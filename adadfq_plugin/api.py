@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
-from numbers import Integral, Real
+from dataclasses import replace
+from numbers import Integral
 from typing import Any, cast
 
 import torch
@@ -27,11 +26,11 @@ from adadfq_plugin.choice import (
 from adadfq_plugin.config import Scheme, Settings
 from adadfq_plugin.contracts import Outcome, Progress, Task
 from adadfq_plugin.dataset import SyntheticDataset
-from adadfq_plugin.errors import BrokenPluginError, ModelError, SettingsError, first_line
-from adadfq_plugin.facts import Facts, device_of, find_facts
-from adadfq_plugin.game.pace import check_limit
-from adadfq_plugin.history import History
+from adadfq_plugin.errors import BrokenPluginError, SettingsError
+from adadfq_plugin.facts import device_of, find_facts
 from adadfq_plugin.hooks import fork_rng, module_modes, on_cpu
+from adadfq_plugin.refusals import checked_run, refuse_other_modules
+from adadfq_plugin.results import Evaluation, Result
 from adadfq_plugin.teacher import make_teacher, refuse_nan
 
 __all__ = [
@@ -40,7 +39,6 @@ __all__ = [
     "Result",
     "backends",
     "calibrate",
-    "checked_run",
     "evaluate",
     "method_settings",
     "methods",
@@ -48,63 +46,6 @@ __all__ = [
     "quantize",
     "synthesize",
 ]
-
-
-@dataclass
-class Result:
-    """What a run did, and how sure one may be of it.
-
-    Args:
-        method: name of the method.
-        backend: name of the backend.
-        settings: the method's settings.
-        seed: what all randomness came from.
-        facts: what was known of the images; ``facts.guesses`` was guessed.
-        samples: the synthetic images.
-        history: figures of every step.
-        notes: what was decided and why.
-        warnings: what the user should look at.
-        seconds: time of each phase.
-        information: normalised information H' of the samples (N,), 1 where P and Q agree.
-        agreement: top-1 agreement of P and the fake-quantized Q on the samples, 0 to 1; of what Q converts to where
-            ``fidelity`` is None.
-        sqnr_db: signal to quantization noise of Q's logits on the samples, in decibels.
-        fidelity: top-1 agreement of the fake-quantized Q and what it converts to, on the samples, 0 to 1; None where
-            the prepared model quantizes nothing before it is converted (``prepare_fx``, ``prepare_pt2e``).
-        macs: multiply-adds of one image.
-        integer_macs: those that integer kernels do, after :func:`quantize`.
-        prepared: the calibrated model, ready for conversion.
-        scheme: bit widths, after :func:`quantize`.
-        quantized: the converted model, after :func:`quantize`.
-    """
-
-    method: str
-    backend: str
-    settings: Settings
-    seed: int
-    facts: Facts
-    samples: SyntheticDataset
-    history: History
-    notes: list[str]
-    warnings: list[str]
-    seconds: dict[str, float]
-    information: Tensor
-    agreement: float
-    sqnr_db: float
-    fidelity: float | None
-    macs: int
-    prepared: nn.Module
-    scheme: Scheme | None = None
-    integer_macs: int | None = None
-    quantized: nn.Module | None = field(default=None, repr=False)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Top-1 accuracy over labelled images: ``top1`` from 0 to 1, ``count`` images."""
-
-    top1: float
-    count: int
 
 
 def _silent(_phase: str, _step: int, _total: int, _figures: Mapping[str, float]) -> None:
@@ -134,7 +75,7 @@ def prepare(
     Raises:
         ModelError: a model that can't be prepared, with the reason.
     """
-    _refuse_others(model)
+    refuse_other_modules(model)
     with module_modes(model, False):
         refuse_nan(model, buffers=True)
         facts = find_facts(model, input_size=input_size)
@@ -192,7 +133,7 @@ def calibrate(
     chosen = methods().get(method)
     made = method_settings(chosen, settings, preset)
     for model in (prepared,) if teacher is None else (prepared, teacher):
-        _refuse_others(model)
+        refuse_other_modules(model)
     seed, asked = checked_run(made, minutes, seed, device)
     where = asked or device_of(prepared)
     toolkit = backend_of(prepared, backend)
@@ -229,9 +170,9 @@ def calibrate(
         opened.module.to(memory_format=torch.channels_last)
     opened.module.to(where)
     with fork_rng(seed, where):
-        comparison.refuse_random(frozen, where)
-        comparison.refuse_inconvertible(frozen, opened, where)
-    tell(comparison.not_the_teacher(frozen, opened, where, own=teacher is None))
+        comparison.refuse_random(frozen)
+        comparison.refuse_inconvertible(frozen, opened)
+    tell(comparison.not_the_teacher(frozen, opened, own=teacher is None))
     with fork_rng(seed, where), torch.enable_grad():
         task = Task(frozen, opened, made, seed, where, progress or _silent, minutes)
         outcome = chosen.calibrate(task)
@@ -258,47 +199,6 @@ def calibrate(
         prepared=prepared,
         **figures,
     )
-
-
-def _refuse_others(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"{model!r} is no torch.nn.Module; timm's are made by timm.create_model(name)")
-    compiled = "_orig_mod" in dict(model.named_children())
-    if compiled or isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        inner = "_orig_mod" if compiled else "module"
-        raise ModelError(f"{type(model).__name__} is a wrapper: pass the network in it, its .{inner}")
-    if any(each.is_inference() for each in (*model.parameters(), *model.buffers())):
-        raise ModelError(
-            "the model was made in torch.inference_mode(), where nothing can be trained; make it outside of it"
-        )
-
-
-def checked_run(
-    settings: Settings, minutes: float | None, seed: int, device: torch.device | str | None
-) -> tuple[int, torch.device | None]:
-    """The seed as Python's own number and a device that works here, of a run that can be.
-
-    Raises:
-        SettingsError: a time limit, a seed or a device that can't be used, or a limit that these settings don't heed.
-    """
-    if minutes is not None and not (isinstance(minutes, Real) and 0 < minutes < math.inf):
-        raise SettingsError(f"minutes = {minutes!r} must be positive and finite")
-    if torch.is_inference_mode_enabled():
-        raise SettingsError("training needs gradients: call it outside of torch.inference_mode()")
-    if not isinstance(seed, Integral) or not 0 <= seed < 2**64:
-        raise SettingsError(f"seed = {seed!r} must be a number from 0 to 2**64 - 1")
-    check_limit(settings, minutes)
-    return int(seed), None if device is None else _device(device)
-
-
-def _device(device: torch.device | str) -> torch.device:
-    """A device that works here."""
-    try:
-        where = torch.device(device)
-        torch.zeros(1, device=where)
-    except (RuntimeError, AssertionError) as error:
-        raise SettingsError(f"device {str(device)!r} can't be used: {first_line(error)}") from error
-    return where
 
 
 @on_cpu()
@@ -335,7 +235,7 @@ def quantize(
         ModelError: a model that can't be prepared or calibrated.
         SettingsError: settings that can't be used.
     """
-    _refuse_others(model)
+    refuse_other_modules(model)
     widths = scheme_of(scheme)
     made = method_settings(methods().get(method), settings, preset)  # refuse before any work
     seed, _ = checked_run(made, minutes, seed, device)

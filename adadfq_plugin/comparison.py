@@ -20,21 +20,22 @@ TOLERANCE = 0.01
 """Largest difference of logits, relative to the largest one, between a network and its prepared copy."""
 FAITHFUL = 0.98
 """Agreement of fake-quantized and converted network below which a user is warned."""
+TRIAL = 4
+"""Images of noise that both are asked for."""
 PIECE = 16
 """Images a forward pass."""
 
 
-def refuse_random(teacher: Teacher, device: torch.device) -> None:
+def refuse_random(teacher: Teacher) -> None:
     """Refuses a network that answers otherwise when it is asked again.
 
     Args:
         teacher: P.
-        device: where it is.
 
     Raises:
         ModelError: two passes over the same images differ.
     """
-    images = _noise(teacher, device)
+    images = teacher.noise(TRIAL)
     with torch.no_grad():
         once, again = teacher(images), teacher(images)
     if not torch.allclose(
@@ -46,13 +47,12 @@ def refuse_random(teacher: Teacher, device: torch.device) -> None:
         )
 
 
-def not_the_teacher(teacher: Teacher, prepared: Prepared, device: torch.device, *, own: bool = False) -> str:
+def not_the_teacher(teacher: Teacher, prepared: Prepared, *, own: bool = False) -> str:
     """A sentence where what was prepared, before it is quantized, computes something else than the teacher.
 
     Args:
         teacher: P.
-        prepared: Q; a copy of it is run.
-        device: where both are.
+        prepared: Q, on the teacher's device; a copy of it is run.
         own: whether the teacher is the prepared model's own unquantized copy.
 
     Returns:
@@ -61,7 +61,7 @@ def not_the_teacher(teacher: Teacher, prepared: Prepared, device: torch.device, 
     Raises:
         ModelError: another number of logits.
     """
-    images = _noise(teacher, device)
+    images = teacher.noise(TRIAL)
     twin = prepared.reference()  # the toolkit's own observers can't be told not to observe
     with torch.no_grad(), twin.phase(Phase.FLOAT):
         expected, found = teacher(images), twin.module(images)
@@ -86,18 +86,17 @@ def not_the_teacher(teacher: Teacher, prepared: Prepared, device: torch.device, 
     )
 
 
-def refuse_inconvertible(teacher: Teacher, prepared: Prepared, device: torch.device) -> None:
+def refuse_inconvertible(teacher: Teacher, prepared: Prepared) -> None:
     """Refuses now what the toolkit's convert would refuse after the calibration.
 
     Args:
         teacher: P.
-        prepared: Q; a copy of it is observed, converted and run.
-        device: where both are.
+        prepared: Q, on the teacher's device; a copy of it is observed, converted and run.
 
     Raises:
         ModelError: the conversion, or the converted network, fails.
     """
-    images = _noise(teacher, device)
+    images = teacher.noise(TRIAL)
     twin = prepared.reference()
     with torch.no_grad():
         with twin.phase(Phase.OBSERVE):
@@ -110,11 +109,6 @@ def refuse_inconvertible(teacher: Teacher, prepared: Prepared, device: torch.dev
                 f"the prepared model can't be converted: {first_line(error)}; let adadfq_plugin.prepare prepare it, "
                 "which leaves such calls in float, or give them no QConfig"
             ) from error
-
-
-def _noise(teacher: Teacher, device: torch.device) -> Tensor:
-    noise = torch.randn(4, *teacher.facts.input_size, generator=torch.Generator().manual_seed(0))
-    return teacher.facts.from_standard(noise).to(device)
 
 
 def figures(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any
@@ -136,13 +137,24 @@ def _left_by_timm(models: Sequence[nn.Module | None]) -> dict[str, Any]:
     return {}
 
 
-def _logits_shape(model: nn.Module, input_size: Sequence[int]) -> tuple[int, ...]:
-    """Shape of the output for two images; whatever the model raises comes through."""
-    with torch.no_grad():
-        output = model(torch.zeros(2, *input_size, device=device_of(model)))
+class _RefusedSizeError(Exception):
+    """The model makes no logits of images of a size; why."""
+
+
+def _count_logits(model: nn.Module, input_size: Sequence[int]) -> int:
+    """How many logits the model gives an image of that size; :class:`_RefusedSizeError` where it gives none."""
+    try:
+        with torch.no_grad():
+            output = model(torch.zeros(2, *input_size, device=device_of(model)))
+    except Exception as error:  # whatever the model raises
+        raise _RefusedSizeError(first_line(error)) from error
     if not isinstance(output, Tensor):
         raise ModelError(f"the model returns {type(output).__name__}; wrap it so that it returns its logits")
-    return tuple(output.shape)
+    if output.dim() != 2:
+        raise _RefusedSizeError(
+            f"its output has shape {tuple(output.shape)} for two images; logits (2, classes) are needed"
+        )
+    return output.shape[1]
 
 
 def _channels(model: nn.Module) -> int:
@@ -161,7 +173,7 @@ def _smallest_map(model: nn.Module, input_size: Sequence[int]) -> int:
 
     handles = [each.register_forward_hook(note) for each in model.modules() if isinstance(each, nn.Conv2d)]
     try:
-        _logits_shape(model, input_size)
+        _count_logits(model, input_size)
     finally:
         for handle in handles:
             handle.remove()
@@ -175,10 +187,11 @@ def _try_sizes(model: nn.Module) -> tuple[tuple[int, int, int], str]:
     refusals: list[str] = []
     for side in TRIAL_SIDES:
         size = (channels, side, side)
-        if (why := _refusal(model, size)) is not None:
-            refusals.append(why)
+        try:
+            classes = _count_logits(model, size)
+        except _RefusedSizeError as error:
+            refusals.append(str(error))
             continue
-        classes = _logits_shape(model, size)[-1]
         smallest[side] = _smallest_map(model, size)
         if side == USUAL_SIDE.get(classes) and smallest[side] >= 2:
             return size, f"guess: usual for {classes} classes, and the model takes it"
@@ -191,15 +204,10 @@ def _try_sizes(model: nn.Module) -> tuple[tuple[int, int, int], str]:
     return (channels, side, side), "guess: its last feature map comes nearest to 7 pixels"
 
 
-def _refusal(model: nn.Module, size: Sequence[int]) -> str | None:
-    """Why the model makes no logits of images of that size; None where it does."""
-    try:
-        shape = _logits_shape(model, size)
-    except ModelError:
-        raise
-    except Exception as error:  # whatever the model raises
-        return first_line(error)
-    return None if len(shape) == 2 else f"its output has shape {shape} for two images, not (2, classes)"
+def _takes(model: nn.Module, size: Sequence[int]) -> bool:
+    with suppress(_RefusedSizeError):
+        return _count_logits(model, size) > 0
+    return False
 
 
 def _as_size(model: nn.Module, value: Any, channels: Sequence[int]) -> tuple[int, int, int]:
@@ -213,7 +221,7 @@ def _as_size(model: nn.Module, value: Any, channels: Sequence[int]) -> tuple[int
     if len(size) == 3:
         return size[0], size[1], size[2]
     candidates = list(dict.fromkeys((*channels, _channels(model))))
-    taken = (each for each in candidates if len(candidates) == 1 or _refusal(model, (each, *size)) is None)
+    taken = (each for each in candidates if len(candidates) == 1 or _takes(model, (each, *size)))
     return next(taken, candidates[0]), size[0], size[1]
 
 
@@ -300,23 +308,16 @@ def find_facts(
     else:
         size, sources["input_size"] = _try_sizes(model)
     try:
-        shape = _logits_shape(model, size)
-    except ModelError:
-        raise
-    except Exception as error:
+        logits = _count_logits(model, size)
+    except _RefusedSizeError as error:
+        way_out = "pass another input_size=" if sources["input_size"] == "argument" else "pass input_size="
         raise ModelError(
-            f"the model does not take images of size {size} (from: {sources['input_size']}): "
-            f"{first_line(error)}; "
-            + ("pass another input_size=" if sources["input_size"] == "argument" else "pass input_size=")
+            f"the model does not take images of size {size} (from: {sources['input_size']}): {error}; {way_out}"
         ) from error
-    if len(shape) != 2:
-        raise ModelError(
-            f"the model's output has shape {shape} for two images; logits (2, classes) are needed"
-        )
-    if shape[1] < 2:
+    if logits < 2:
         raise ModelError("the model has one class; AdaDFQ needs at least two to let P and Q disagree")
-    if num_classes is not None and num_classes != shape[1]:
-        raise ModelError(f"num_classes={num_classes}, but the model's output has {shape[1]}")
+    if num_classes is not None and num_classes != logits:
+        raise ModelError(f"num_classes={num_classes}, but the model's output has {logits}")
     sources["num_classes"] = "model" if num_classes is None else "argument"
     constants: dict[str, tuple[float, ...]] = {}
     usual = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
@@ -332,4 +333,4 @@ def find_facts(
             constants[name] = usual[name] if size[0] == 3 else (0.5,) * size[0]
             sources[name] = "guess: ImageNet's" if size[0] == 3 else "guess: one half"
     crop_pct, interpolation = timm.get("crop_pct") or 1.0, timm.get("interpolation") or "bicubic"
-    return Facts(size, shape[1], constants["mean"], constants["std"], crop_pct, interpolation, sources)
+    return Facts(size, logits, constants["mean"], constants["std"], crop_pct, interpolation, sources)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from adadfq_plugin.config import GeneratorSettings
 from adadfq_plugin.errors import ModelError, SettingsError
-from adadfq_plugin.facts import device_of
 from adadfq_plugin.functional import (
     bn_statistics_loss,
     channel_moments,
@@ -22,7 +21,7 @@ from adadfq_plugin.functional import (
     total_variation,
 )
 from adadfq_plugin.hooks import Call, capture_calls, capture_inputs
-from adadfq_plugin.teacher import Teacher
+from adadfq_plugin.teacher import Teacher, keeping_statistics
 
 __all__ = [
     "BNStatistics",
@@ -32,9 +31,7 @@ __all__ = [
     "Prior",
     "PriorSum",
     "TotalVariation",
-    "batch_norms",
     "choose_priors",
-    "trial_images",
 ]
 
 SMALLEST = 1e-8
@@ -54,39 +51,11 @@ class Prior(Protocol):
 
     name: str
 
-    def reason(self, model: nn.Module, images: Tensor) -> str | None:
-        """Why this prior can't be used for a network and images of its size; None if it can."""
+    def reason(self, teacher: Teacher) -> str | None:
+        """Why this prior can't be used for a network; None if it can."""
 
-    def watch(self, model: nn.Module) -> AbstractContextManager[Callable[[], Tensor]]:
-        """The loss over the most recent forward pass of ``model``, once for each; for the length of the ``with``."""
-
-
-def batch_norms(model: nn.Module, images: Tensor) -> dict[str, nn.Module]:
-    """The BatchNorm layers that keep running statistics and take part in what the model answers, by name.
-
-    Args:
-        model: in eval mode.
-        images: (N, C, H, W), any that the model takes.
-    """
-    layers = _keeping_statistics(model)
-    with capture_inputs(layers) as seen, torch.no_grad():
-        model(images)
-    return {name: layer for name, layer in layers.items() if name in seen}
-
-
-def trial_images(teacher: Teacher) -> Tensor:
-    """Two images of noise that the teacher takes (2, C, H, W)."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(2, *teacher.facts.input_size, generator=generator)
-    return images.to(device_of(teacher.model))
-
-
-def _keeping_statistics(model: nn.Module) -> dict[str, nn.Module]:
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
-    }
+    def watch(self, teacher: Teacher) -> AbstractContextManager[Callable[[], Tensor]]:
+        """The loss over the most recent forward pass of the teacher, once for each; for the length of the ``with``."""
 
 
 class BNStatistics:
@@ -103,10 +72,10 @@ class BNStatistics:
     def __init__(self, relative: bool = True) -> None:
         self.relative = relative
 
-    def reason(self, model: nn.Module, images: Tensor) -> str | None:
+    def reason(self, teacher: Teacher) -> str | None:
         """None where a layer that takes part has been trained."""
-        layers = batch_norms(model, images)
-        if not layers and _keeping_statistics(model):
+        layers = teacher.batch_norms
+        if not layers and keeping_statistics(teacher.model):
             return "none of its BatchNorm layers takes part in what it answers"
         if not layers:
             return (
@@ -125,17 +94,12 @@ class BNStatistics:
         return None
 
     @contextmanager
-    def watch(self, model: nn.Module) -> Iterator[Callable[[], Tensor]]:
-        """The loss over the most recent forward pass of ``model``."""
-        layers = _keeping_statistics(model)
-        targets: _Targets | None = None
-        with capture_inputs(layers) as seen:
+    def watch(self, teacher: Teacher) -> Iterator[Callable[[], Tensor]]:
+        """The loss over the most recent forward pass of the teacher."""
+        targets = _Targets.of(teacher.batch_norms, self.relative)
+        with capture_inputs(teacher.batch_norms) as seen:
 
             def loss() -> Tensor:
-                nonlocal targets
-                if targets is None:  # an auxiliary head takes no part
-                    reached = {name: layer for name, layer in layers.items() if name in seen}
-                    targets = _Targets.of(reached, self.relative)
                 moments = [channel_moments(seen[name]) for name in targets.names]
                 seen.clear()  # they are as large as the network's graph
                 means, variances = map(torch.cat, zip(*moments, strict=True))
@@ -193,10 +157,10 @@ class _OfCalls:
         """The value of each call that counts."""
         raise NotImplementedError
 
-    def reason(self, model: nn.Module, images: Tensor) -> str | None:
+    def reason(self, teacher: Teacher) -> str | None:
         """None where a trial shows a call that counts."""
-        with self._calls(model) as calls, torch.no_grad():
-            model(images)
+        with self._calls(teacher.model) as calls, torch.no_grad():
+            teacher(teacher.noise(2))
         return None if self.values(calls) else self.missing
 
     @classmethod
@@ -204,9 +168,9 @@ class _OfCalls:
         return capture_calls(model, cls.names)
 
     @contextmanager
-    def watch(self, model: nn.Module) -> Iterator[Callable[[], Tensor]]:
-        """The loss over the most recent forward pass of ``model``."""
-        with self._calls(model) as calls:
+    def watch(self, teacher: Teacher) -> Iterator[Callable[[], Tensor]]:
+        """The loss over the most recent forward pass of the teacher."""
+        with self._calls(teacher.model) as calls:
 
             def loss() -> Tensor:
                 values = self.values(calls)
@@ -305,14 +269,14 @@ class _OfInput:
     name: str
     loss: Callable[[Tensor], Tensor]
 
-    def reason(self, model: nn.Module, images: Tensor) -> str | None:
+    def reason(self, teacher: Teacher) -> str | None:
         """Any network with images as its input will do."""
         return None
 
     @contextmanager
-    def watch(self, model: nn.Module) -> Iterator[Callable[[], Tensor]]:
-        """The loss over the most recent forward pass of ``model``."""
-        with capture_inputs({"input": model}) as seen:
+    def watch(self, teacher: Teacher) -> Iterator[Callable[[], Tensor]]:
+        """The loss over the most recent forward pass of the teacher."""
+        with capture_inputs({"input": teacher.model}) as seen:
             yield lambda: type(self).loss(seen.pop("input"))
 
 
@@ -343,10 +307,10 @@ class PriorSum:
         self.parts = list(parts)
 
     @contextmanager
-    def watch(self, model: nn.Module) -> Iterator[Callable[[], Tensor]]:
-        """The sum over the most recent forward pass of ``model``."""
+    def watch(self, teacher: Teacher) -> Iterator[Callable[[], Tensor]]:
+        """The sum over the most recent forward pass of the teacher."""
         with ExitStack() as stack:
-            losses = [(weight, stack.enter_context(prior.watch(model))) for weight, prior in self.parts]
+            losses = [(weight, stack.enter_context(prior.watch(teacher))) for weight, prior in self.parts]
             yield lambda: sum((weight * part() for weight, part in losses), torch.zeros(()))
 
 
@@ -361,7 +325,6 @@ def choose_priors(settings: GeneratorSettings, teacher: Teacher) -> tuple[PriorS
         ModelError: the network was never trained, or a prior that was asked for can't be used.
         SettingsError: the network's statistics were left out and nothing takes their place.
     """
-    model, images = teacher.model, trial_images(teacher)
     statistics = BNStatistics(settings.bn_units == "relative")
     parts: list[tuple[float, Prior]] = [
         (settings.gamma, statistics),
@@ -371,8 +334,8 @@ def choose_priors(settings: GeneratorSettings, teacher: Teacher) -> tuple[PriorS
         (settings.image_norm, ImageNorm()),
     ]
     notes = []
-    if not batch_norms(model, images):
-        notes.append(f"prior {statistics.name} is left out: {statistics.reason(model, images)}")
+    if not teacher.batch_norms:
+        notes.append(f"prior {statistics.name} is left out: {statistics.reason(teacher)}")
         parts = parts[1:]
     elif settings.gamma == settings.patch_similarity == settings.head_similarity == 0:
         raise SettingsError(
@@ -381,7 +344,7 @@ def choose_priors(settings: GeneratorSettings, teacher: Teacher) -> tuple[PriorS
         )
     parts = [(weight, prior) for weight, prior in parts if weight > 0]
     for weight, prior in parts:
-        if (why := prior.reason(model, images)) is not None:
+        if (why := prior.reason(teacher)) is not None:
             raise ModelError(
                 f"prior {prior.name!r} can't be used: {why}; leave it out, or use method 'noise'"
             )

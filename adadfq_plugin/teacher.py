@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from adadfq_plugin.errors import ModelError
 from adadfq_plugin.facts import Facts, device_of
+from adadfq_plugin.hooks import capture_inputs
 
-__all__ = ["Teacher", "make_teacher", "multiply_adds", "refuse_nan"]
+__all__ = ["Teacher", "keeping_statistics", "make_teacher", "multiply_adds", "refuse_nan"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,19 @@ class Teacher:
     def __call__(self, images: Tensor) -> Tensor:
         logits: Tensor = self.model(images)
         return logits
+
+    def noise(self, count: int) -> Tensor:
+        """Images of noise (count, channels, height, width) that the network takes, the same at every call."""
+        noise = torch.randn(count, *self.facts.input_size, generator=torch.Generator().manual_seed(0))
+        return self.facts.from_standard(noise).to(device_of(self.model))
+
+    @cached_property
+    def batch_norms(self) -> dict[str, nn.Module]:
+        """The BatchNorm layers that keep running statistics and take part in what the network answers, by name."""
+        layers = keeping_statistics(self.model)
+        with capture_inputs(layers) as seen, torch.no_grad():
+            self(self.noise(2))
+        return {name: layer for name, layer in layers.items() if name in seen}
 
 
 def make_teacher(model: nn.Module, facts: Facts, *, device: torch.device | str = "cpu") -> Teacher:
@@ -70,6 +85,15 @@ def refuse_nan(model: nn.Module, *, buffers: bool = False) -> None:
             raise ModelError(f"{name!r} holds NaN or infinite values; load trained weights first")
         if name.endswith("running_var") and bool((tensor < 0).any()):
             raise ModelError(f"{name!r} holds a negative variance; load trained weights first")
+
+
+def keeping_statistics(model: nn.Module) -> dict[str, nn.Module]:
+    """The BatchNorm layers that keep running statistics, whether they take part or not, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
+    }
 
 
 def _rules_out_channels_last(module: nn.Module) -> bool:

@@ -159,7 +159,8 @@ def facts(model: nn.Module, overrides: Mapping[str, Any] | None = None) -> Facts
 
     Raises:
         SettingsError: an override that doesn't fit the others (three means for one channel).
-        ModelError: nobody says how many classes there are, or a mean or deviation is out of bounds.
+        ModelError: nobody says how many classes there are, or a mean or deviation is out of bounds or of another
+            number of channels.
     """
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
     timm_has = dict(getattr(model, "pretrained_cfg", None) or {})
@@ -177,10 +178,6 @@ def facts(model: nn.Module, overrides: Mapping[str, Any] | None = None) -> Facts
         classes, classes_source = timm_has.get("num_classes"), "timm"
     if not classes:
         raise ModelError("the number of classes is unknown; give num_classes (--num-classes)")
-    if not len(config["mean"]) == len(config["std"]) == config["input_size"][0]:
-        raise SettingsError(
-            f"mean {config['mean']} and std {config['std']} for {config['input_size'][0]} channels"
-        )
     for name in ("mean", "std"):
         checked_numbers(name, config[name], config["input_size"][0])
     sources = {"num_classes": classes_source}

@@ -24,7 +24,6 @@ from adadfq_plugin.errors import DataError, ModelError
 from adadfq_plugin.game.biases import SteadyMeans
 from adadfq_plugin.game.layers import Call, Layer, Layers
 from adadfq_plugin.game.rounding import round_weights
-from adadfq_plugin.priors import batch_norms
 from adadfq_plugin.teacher import multiply_adds
 
 pytestmark = [
@@ -189,7 +188,7 @@ def test_the_float_model_has_the_networks_layers(backend: Backend, network: str)
     floating = backend.open(model).float_model().eval()
     with torch.no_grad():
         torch.testing.assert_close(floating(batch), original(batch), rtol=1e-5, atol=1e-5)
-    ours, theirs = (list(batch_norms(each, batch).values()) for each in (floating, original))
+    ours, theirs = (list(models.teacher(each).batch_norms.values()) for each in (floating, original))
     assert len(ours) == len(theirs) > 0
     for our, their in zip(ours, theirs, strict=True):
         assert our.eps == their.eps

@@ -1235,6 +1235,10 @@ def test_computed_weights_keep_their_levels(bits: int, monkeypatch: pytest.Monke
     limit = 64 if bits == 8 else 2 ** (bits - 1)
     assert -limit <= levels.min()
     assert levels.max() == limit - 1
+    opened.finish()
+    nodes = len(opened.module.graph.nodes)
+    opened.finish()
+    assert len(opened.module.graph.nodes) == nodes  # nothing is put there twice
 
 
 class Dilated(nn.Module):

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from adadfq_plugin.config import GeneratorSettings
 from adadfq_plugin.errors import ModelError, SettingsError
+from adadfq_plugin.facts import Facts
 from adadfq_plugin.functional import head_similarity, patch_similarity_entropy
 from adadfq_plugin.priors import (
     MOST_QUERIES,
@@ -23,11 +24,13 @@ from adadfq_plugin.priors import (
     PriorSum,
     TotalVariation,
     _attention,
-    batch_norms,
     choose_priors,
 )
+from adadfq_plugin.teacher import Teacher
 
 pytestmark = pytest.mark.usefixtures("seeded")
+
+FACTS = Facts(models.SIZE, num_classes=5)
 
 
 def test_statistics_prior_is_zero_on_its_own_statistics() -> None:
@@ -41,7 +44,7 @@ def test_statistics_prior_is_zero_on_its_own_statistics() -> None:
         model(batch)
     model.eval()
     first = nn.Sequential(model.conv1, model.bn1)
-    with torch.no_grad(), BNStatistics().watch(first) as loss:
+    with torch.no_grad(), BNStatistics().watch(Teacher(first, FACTS)) as loss:
         first(batch)
         own = loss()
         first(batch * 2 + 1)
@@ -57,7 +60,7 @@ def test_relative_statistics_against_numpy() -> None:
     expected = (((x.mean((0, 2, 3)) - mean) / deviation) ** 2).mean()
     expected += ((x.std((0, 2, 3)) / deviation - 1) ** 2).mean()
     first = nn.Sequential(model.conv1, bn)
-    with torch.no_grad(), BNStatistics().watch(first) as loss:
+    with torch.no_grad(), BNStatistics().watch(Teacher(first, FACTS)) as loss:
         first(batch)
         assert abs(loss().item() - expected) < 1e-4 * expected
 
@@ -66,7 +69,12 @@ def test_priors_add_up_and_leave_no_hooks() -> None:
     model = models.trained()
     prior = PriorSum([(2.0, BNStatistics()), (3.0, TotalVariation())])
     batch = models.images(8)
-    with BNStatistics().watch(model) as bns, TotalVariation().watch(model) as tv, prior.watch(model) as total:
+    teacher = Teacher(model, FACTS)
+    with (
+        BNStatistics().watch(teacher) as bns,
+        TotalVariation().watch(teacher) as tv,
+        prior.watch(teacher) as total,
+    ):
         model(batch)
         assert torch.allclose(total(), 2 * bns() + 3 * tv())
     assert not any(module._forward_pre_hooks for module in model.modules())
@@ -106,7 +114,7 @@ def forms(model: nn.Module) -> dict[str, nn.Module]:
 def value(prior: Prior, model: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:
     """The prior's loss of a batch, and its gradient."""
     batch = batch.clone().requires_grad_(True)
-    with prior.watch(model) as loss:
+    with prior.watch(Teacher(model, FACTS)) as loss:
         model(batch)
         found = loss()
     return found.detach(), torch.autograd.grad(found, batch)[0]
@@ -123,7 +131,7 @@ def test_priors_see_the_same_in_modules_traces_and_exports(prior: Prior) -> None
 
 
 def test_patches_are_what_attention_returns_else_norms_else_convolutions() -> None:
-    batch, images = models.images(4), models.images(2)
+    batch = models.images(4)
     attention = Transformer()
     kept: list[Tensor] = []
     loss = value(PatchSimilarity(), attention, batch)[0]
@@ -147,7 +155,7 @@ def test_patches_are_what_attention_returns_else_norms_else_convolutions() -> No
         value(PatchSimilarity(), bare, batch)[0], -patch_similarity_entropy(tokens, pairs=128).mean()
     )
     for each in (attention, unfused, bare):
-        assert PatchSimilarity().reason(each, images) is None
+        assert PatchSimilarity().reason(Teacher(each, FACTS)) is None
 
 
 @pytest.mark.parametrize("heads", [2, 8])
@@ -167,13 +175,14 @@ def test_heads_of_fused_attention_are_those_of_its_softmax(heads: int) -> None:
 
 
 def test_priors_say_why_not() -> None:
-    linear, images = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 5)), models.images(2)
-    assert "no BatchNorm" in str(BNStatistics().reason(linear, images))
-    assert "no attention, normalisation or convolution" in str(PatchSimilarity().reason(linear, images))
-    assert "no attention of several heads" in str(HeadSimilarity().reason(Transformer(heads=1), images))
-    assert TotalVariation().reason(linear, images) is None
-    assert BNStatistics().reason(models.trained(), images) is None
-    assert len(batch_norms(models.trained(), images)) == 3
+    linear = Teacher(nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 5)), FACTS)
+    one_head, trained = Teacher(Transformer(heads=1), FACTS), Teacher(models.trained(), FACTS)
+    assert "no BatchNorm" in str(BNStatistics().reason(linear))
+    assert "no attention, normalisation or convolution" in str(PatchSimilarity().reason(linear))
+    assert "no attention of several heads" in str(HeadSimilarity().reason(one_head))
+    assert TotalVariation().reason(linear) is None
+    assert BNStatistics().reason(trained) is None
+    assert len(trained.batch_norms) == 3
 
 
 def chosen(model: nn.Module, **settings: Any) -> tuple[dict[str, float], list[str]]:
@@ -212,7 +221,7 @@ def test_what_cannot_be_used_is_an_error_with_the_reason() -> None:
 
 
 def test_a_sum_of_no_priors_is_zero() -> None:
-    with PriorSum([]).watch(models.trained()) as loss:
+    with PriorSum([]).watch(Teacher(models.trained(), FACTS)) as loss:
         assert loss() == 0.0
 
 
@@ -242,12 +251,12 @@ def test_layers_that_take_no_part_tell_nothing() -> None:
     model, batch = WithHead(main=True).eval(), models.images(8)
     losses = []
     for network in (model, model.main):
-        with torch.no_grad(), BNStatistics().watch(network) as loss:
+        with torch.no_grad(), BNStatistics().watch(Teacher(network, FACTS)) as loss:
             network(batch)
             losses.append(loss())
     assert torch.equal(*losses)
-    assert BNStatistics().reason(model, batch) is None
-    why = BNStatistics().reason(WithHead(main=False).eval(), batch)
+    assert BNStatistics().reason(Teacher(model, FACTS)) is None
+    why = BNStatistics().reason(Teacher(WithHead(main=False).eval(), FACTS))
     assert why is not None
     assert "none of its BatchNorm layers takes part" in why
     assert chosen(WithHead(main=False).eval())[0] == {}

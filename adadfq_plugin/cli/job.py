@@ -24,6 +24,7 @@ from adadfq_plugin.errors import DataError, OutputError, SettingsError
 from adadfq_plugin.facts import Facts
 from adadfq_plugin.files import atomic_folder, check_folder
 from adadfq_plugin.labelled import ValidationLoader
+from adadfq_plugin.refusals import checked_run
 from adadfq_plugin.report import Accuracy, Latency, Report, environment, measure_latency, write
 from adadfq_plugin.report.render import megabytes, percent
 
@@ -93,7 +94,7 @@ def quantize(plan: Plan, output: Path, images: Images | None, *, force: bool, ba
         bars: where progress goes.
     """
     settings = api.method_settings(api.methods().get(plan.run.method), plan.settings, plan.run.preset)
-    api.checked_run(settings, plan.run.minutes, plan.run.seed, plan.run.device)
+    checked_run(settings, plan.run.minutes, plan.run.seed, plan.run.device)
     if plan.run.backend != api.AUTO:
         api.backends().get(plan.run.backend)
     check_folder(output, replace=force)

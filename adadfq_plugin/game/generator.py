@@ -22,7 +22,7 @@ from adadfq_plugin.functional import (
 from adadfq_plugin.game.pace import Pace
 from adadfq_plugin.game.pool import augment
 from adadfq_plugin.generators import Generator, coloured, natural_noise, whitened
-from adadfq_plugin.priors import BNStatistics, choose_priors, trial_images
+from adadfq_plugin.priors import BNStatistics, choose_priors
 from adadfq_plugin.teacher import Teacher
 
 __all__ = ["GeneratorPlayer"]
@@ -62,7 +62,7 @@ class GeneratorPlayer:
     ) -> None:
         self.teacher, self.settings, self.batch_size, self._rng = teacher, settings, batch_size, rng
         self.prior, self.notes = choose_priors(settings, teacher)
-        if not teacher(trial_images(teacher).requires_grad_()).requires_grad:
+        if not teacher(teacher.noise(2).requires_grad_()).requires_grad:
             raise ModelError(
                 "the logits have no gradient for the images: the network detaches what it computes, or does it under "
                 "torch.no_grad(); take that out of its forward (requires_grad_(False) freezes weights), or use method "
@@ -86,7 +86,7 @@ class GeneratorPlayer:
     @contextmanager
     def watching(self) -> Iterator[Callable[[], Tensor]]:
         """The prior's loss over P's most recent forward pass."""
-        with self.prior.watch(self.teacher.model) as loss:
+        with self.prior.watch(self.teacher) as loss:
             yield loss
 
     def make(self) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 
 from adadfq_plugin.config import GeneratorSettings, Settings
 from adadfq_plugin.errors import SettingsError
-from adadfq_plugin.priors import batch_norms, trial_images
 from adadfq_plugin.teacher import Teacher
 
 __all__ = ["Pace", "Plan", "check_limit", "make_plan"]
@@ -115,10 +114,9 @@ def make_plan(
     warmup, refine, most = 0, 0, {"game": MOST * STEPS[bits]}
     slow = max(1.0, batch * teacher.macs / CHEAP)
     if isinstance(settings, GeneratorSettings):
-        # without, images start from natural noise
-        statistics = bool(batch_norms(teacher.model, trial_images(teacher)))
-        usual_warmup = WARMUP[bits] / (1 if statistics else 4)
-        refine = REFINE[bits] // (1 if statistics else 2)
+        # without statistics images start from natural noise
+        usual_warmup = WARMUP[bits] / (1 if teacher.batch_norms else 4)
+        refine = REFINE[bits] // (1 if teacher.batch_norms else 2)
         warmup = max(LEAST_WARMUP, round(usual_warmup / slow))
         most |= {"warmup": max(LEAST_WARMUP, round(MOST * usual_warmup)), "samples": MOST * refine}
         if settings.warmup_steps is not None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.ao.nn.intrinsic.modules.fused import _FusedModule
 from torch.ao.quantization import QConfig
 from torch.ao.quantization.observer import ObserverBase, PlaceholderObserver
@@ -152,13 +152,25 @@ def clamp_computed_weights(model: GraphModule) -> None:
             or not quantizer.saturates_early()
         ):
             continue
+        bounds = [quantizer.along(bound.detach(), quantizer.ndim).clone() for bound in quantizer.bounds()]
+        if _is_bounded(model, weight, bounds[1]):
+            continue
         bounded = weight
-        for nearer, bound in zip((torch.maximum, torch.minimum), quantizer.bounds(), strict=True):
+        for nearer, bound in zip((torch.maximum, torch.minimum), bounds, strict=True):
             name = free_name(model, f"{node.name}_bound")
-            model.register_buffer(name, quantizer.along(bound.detach(), quantizer.ndim).clone())
+            model.register_buffer(name, bound)
             with model.graph.inserting_before(node):
                 bounded = model.graph.call_function(nearer, (bounded, model.graph.get_attr(name)))
         node.replace_input_with(weight, bounded)
+
+
+def _is_bounded(model: GraphModule, weight: Node, highest: Tensor) -> bool:
+    """Whether a computed weight has been bounded so already: when a calibrated model is finished again."""
+    bound = weight.args[1] if weight.target is torch.minimum else None
+    if not isinstance(bound, Node) or bound.op != "get_attr":
+        return False
+    kept = model.get_buffer(str(bound.target))
+    return kept.shape == highest.shape and torch.allclose(kept, highest)
 
 
 def average_channels_last(model: GraphModule) -> None:

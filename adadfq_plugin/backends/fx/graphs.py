@@ -18,7 +18,6 @@ from torch.fx import GraphModule, Node
 from adadfq_plugin.sites import replace_module
 
 __all__ = [
-    "ADAPTIVE_AVERAGES",
     "ATTRIBUTES",
     "INTEGER",
     "MEANS",
@@ -36,13 +35,16 @@ __all__ = [
 
 ATTRIBUTES = "_observed_graph_module_attrs"
 INTEGER = (torch.quint8, torch.qint8)
-ADAPTIVE_AVERAGES = (
-    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
-    F.adaptive_avg_pool2d,
-)
-POOLINGS = (*ADAPTIVE_AVERAGES, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, F.avg_pool2d)
-MEANS = (*ADAPTIVE_AVERAGES, torch.mean, "mean")
-"""Averages of so many numbers that they use few of the levels of these, which their integer kernels would give them."""
+_ADAPTIVE: dict[Any, str] = {
+    nn.AdaptiveAvgPool1d: "torch.nn.functional.adaptive_avg_pool1d",
+    nn.AdaptiveAvgPool2d: "torch.nn.functional.adaptive_avg_pool2d",
+    nn.AdaptiveAvgPool3d: "torch.nn.functional.adaptive_avg_pool3d",
+    F.adaptive_avg_pool2d: "torch.nn.functional.adaptive_avg_pool2d",
+}
+POOLINGS = (*_ADAPTIVE, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, F.avg_pool2d)
+MEANS: dict[Any, str] = {**_ADAPTIVE, torch.mean: "torch.mean", "mean": ".mean"}
+"""Averages of so many numbers that they use few of the levels of these, which their integer kernels would give them;
+with the name that `in_float` calls each by."""
 VIEWS = (
     *("flatten", "view", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "contiguous"),
     *("select", "narrow", "expand", "split", "split_with_sizes", "chunk", "unbind"),

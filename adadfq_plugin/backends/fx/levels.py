@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import torch
 from torch import nn
 from torch.ao.quantization.backend_config import ObservationType, get_native_backend_config
 from torch.fx import GraphModule, Node
@@ -14,17 +13,6 @@ from adadfq_plugin.backends.fx.calls import in_float
 from adadfq_plugin.backends.fx.graphs import INTEGER, MEANS, called, is_quantizer, module_of
 
 __all__ = ["averages_in_float", "has_fixed_levels", "is_average", "requantize"]
-
-_NAMES: dict[Any, str] = {
-    "mean": ".mean",
-    torch.mean: "torch.mean",
-    nn.AdaptiveAvgPool1d: "torch.nn.functional.adaptive_avg_pool1d",
-    nn.AdaptiveAvgPool3d: "torch.nn.functional.adaptive_avg_pool3d",
-    **dict.fromkeys(
-        (nn.AdaptiveAvgPool2d, nn.functional.adaptive_avg_pool2d), "torch.nn.functional.adaptive_avg_pool2d"
-    ),
-}
-"""What `in_float` calls each of the averages."""
 
 
 @functools.cache
@@ -61,7 +49,7 @@ def has_fixed_levels(model: GraphModule, node: Node) -> bool:
 def is_average(model: GraphModule, node: Node) -> bool:
     """Whether a call takes one of the averages, hidden by :func:`averages_in_float` or not."""
     what = called(model, node)
-    return what in MEANS or (what is in_float and node.args[0] in _NAMES.values())
+    return what in MEANS or (what is in_float and node.args[0] in MEANS.values())
 
 
 def averages_in_float(model: GraphModule) -> None:
@@ -82,7 +70,7 @@ def averages_in_float(model: GraphModule) -> None:
             continue
         module = module_of(model, node)
         args = node.args if module is None else (source, module.output_size)
-        node.op, node.target, node.args = "call_function", in_float, (_NAMES[what], *args)
+        node.op, node.target, node.args = "call_function", in_float, (MEANS[what], *args)
     model.recompile()
 
 
