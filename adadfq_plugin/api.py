@@ -58,7 +58,7 @@ def prepare(
     input_size: Any = None,
     *,
     scheme: Scheme | Mapping[str, Any] | None = None,
-    backend: str = "fx",
+    backend: str | None = "fx",
 ) -> nn.Module:
     """A prepared copy of a float model, rewritten exactly where the toolkit can't follow it.
 
@@ -216,7 +216,7 @@ def quantize(
     std: Sequence[float] | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
-    backend: str = AUTO,
+    backend: str | None = AUTO,
     progress: Progress | None = None,
 ) -> Result:
     """From a float model to a converted integer network: prepare, calibrate, convert.

@@ -43,6 +43,14 @@ def _method(value: object) -> Method:
     made = value() if isinstance(value, type) else value
     if not isinstance(made, Method):
         raise TypeError(f"{value!r} has not all of {_asked_of(Method)}")
+    if not isinstance(made.presets, Mapping) or not all(
+        isinstance(each, Mapping) for each in made.presets.values()
+    ):
+        raise TypeError(f"presets of {value!r} are not changes by name, by name: {made.presets!r}")
+    if not isinstance(made.settings, type) or not issubclass(made.settings, Settings):
+        raise TypeError(
+            f"settings of {value!r} are no class of adadfq_plugin.config.Settings: {made.settings!r}"
+        )
     return made
 
 
@@ -113,12 +121,19 @@ def scheme_of(scheme: Scheme | Mapping[str, Any] | None) -> Scheme:
     return scheme if isinstance(scheme, Scheme) else build(Scheme, scheme or {})
 
 
+def _in_turn() -> tuple[str, ...]:
+    """The backends' names, in the order in which they are asked."""
+    return (*PREFERRED, *(each for each in _BACKENDS.names() if each not in PREFERRED))
+
+
 def backend_of(model: nn.Module, name: str | None) -> Backend:
     """The backend of that name; None or ``auto``: the one that recognises the model."""
     if name not in (None, AUTO):
         return _BACKENDS.get(name)
-    for candidate in _BACKENDS.names():
-        with suppress(BrokenPluginError):  # without torchao there is no model of torchao
+    for candidate in _in_turn():
+        with suppress(
+            Exception
+        ):  # without torchao there is no model of torchao, and strangers may fail in any way
             backend = _BACKENDS.get(candidate)
             if backend.recognises(model):
                 return backend
@@ -128,8 +143,10 @@ def backend_of(model: nn.Module, name: str | None) -> Backend:
     )
 
 
-def prepare_with(model: nn.Module, facts: Facts, scheme: Scheme, name: str) -> tuple[nn.Module, Backend]:
-    """A prepared copy and the backend that made it; ``auto`` notes which one that is and why.
+def prepare_with(
+    model: nn.Module, facts: Facts, scheme: Scheme, name: str | None
+) -> tuple[nn.Module, Backend]:
+    """A prepared copy and the backend that made it; ``auto`` (or None) notes which one that is and why.
 
     A network that was frozen as a whole, as for inference, is trained like any other.
     """
@@ -141,12 +158,12 @@ def prepare_with(model: nn.Module, facts: Facts, scheme: Scheme, name: str) -> t
 
 
 def _prepare(
-    model: nn.Module, input_size: tuple[int, int, int], scheme: Scheme, name: str
+    model: nn.Module, input_size: tuple[int, int, int], scheme: Scheme, name: str | None
 ) -> tuple[nn.Module, Backend]:
-    if name != AUTO:
+    if name is not None and name != AUTO:
         return (toolkit := _BACKENDS.get(name)).prepare(model, input_size, scheme), toolkit
     refusals: dict[str, str] = {}
-    for candidate in (*PREFERRED, *(each for each in _BACKENDS.names() if each not in PREFERRED)):
+    for candidate in _in_turn():
         try:
             toolkit = _BACKENDS.get(candidate)
             prepared = toolkit.prepare(model, input_size, scheme)

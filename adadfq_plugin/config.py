@@ -252,6 +252,6 @@ def from_toml(path: str | Path) -> dict[str, Any]:
         SettingsError: the file can't be read or isn't TOML.
     """
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise SettingsError(f"settings file {str(path)!r}: {error}") from error

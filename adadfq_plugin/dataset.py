@@ -25,6 +25,7 @@ from adadfq_plugin.files import atomic_file, atomic_folder, check_file, check_fo
 __all__ = ["SyntheticDataset", "facts_from_json"]
 
 _FILES = (".safetensors", ".npz")
+_METADATA = "metadata.json"  # of a folder, which is known by it
 _KEY = "adadfq_plugin"  # one key: safetensors keeps no order among several
 _BROKEN = (
     OSError,
@@ -138,7 +139,7 @@ class SyntheticDataset(Dataset[tuple[Tensor, int]]):
         if path.suffix in _FILES:
             check_file(path)
         elif not path.suffix:
-            check_folder(path, replace=replace)
+            check_folder(path, replace=_METADATA if replace else None)
             if channels not in (None, 1, 3):
                 raise OutputError(f"{path}: PNG holds 1 or 3 channels, not {channels}; save as .safetensors")
         else:
@@ -153,7 +154,7 @@ class SyntheticDataset(Dataset[tuple[Tensor, int]]):
                 provenance as JSON in the metadata), ``*.npz`` (``images`` (N, H, W, C) uint8, ``labels``,
                 ``metadata``), or a folder: a sub-folder a class with PNG files, ``class_map.txt`` for
                 timm's readers, and ``metadata.json``.
-            replace: whether a folder that holds something may be replaced; a file always is.
+            replace: whether a folder that holds another synthetic set may be replaced; a file always is.
 
         Raises:
             OutputError: the path can't be written, or the form can't hold these images.
@@ -174,7 +175,7 @@ class SyntheticDataset(Dataset[tuple[Tensor, int]]):
                     metadata=np.array(self._metadata()),
                 )
         else:
-            with atomic_folder(path, replace=replace) as temporary:
+            with atomic_folder(path, replace=_METADATA if replace else None) as temporary:
                 self._write_folder(temporary)
 
     @classmethod
@@ -196,7 +197,7 @@ class SyntheticDataset(Dataset[tuple[Tensor, int]]):
                     pixels = torch.from_numpy(arrays["images"]).permute(0, 3, 1, 2).contiguous()
                     labels = torch.from_numpy(arrays["labels"])
             else:
-                metadata = (path / "metadata.json").read_text(encoding="utf-8")
+                metadata = (path / _METADATA).read_text(encoding="utf-8")
                 pixels, labels = _read_folder(path)
             facts, provenance = _parse(metadata)
             return cls.from_pixels(pixels, labels, facts, provenance)
@@ -218,7 +219,7 @@ class SyntheticDataset(Dataset[tuple[Tensor, int]]):
             array = pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).contiguous().numpy()
             Image.fromarray(array).save(folder / names[label] / f"{index:06d}.png")
         (folder / "class_map.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
-        (folder / "metadata.json").write_text(self._metadata() + "\n", encoding="utf-8")
+        (folder / _METADATA).write_text(self._metadata() + "\n", encoding="utf-8")
 
 
 def _read_folder(folder: Path) -> tuple[Tensor, Tensor]:

@@ -210,6 +210,18 @@ def _takes(model: nn.Module, size: Sequence[int]) -> bool:
     return False
 
 
+def _size_of(example_inputs: Any) -> tuple[int, ...]:
+    """(channels, height, width) of what torch.ao's prepare takes."""
+    first = example_inputs
+    if isinstance(example_inputs, tuple | list) and example_inputs:
+        first = example_inputs[0]
+    if not isinstance(first, Tensor) or first.dim() != 4:
+        raise ModelError(
+            f"example_inputs are a batch of images (N, channels, height, width), or a tuple of one, not {first!r:.60}"
+        )
+    return tuple(first.shape[1:])
+
+
 def _as_size(model: nn.Module, value: Any, channels: Sequence[int]) -> tuple[int, int, int]:
     """(channels, height, width) of a size as it was told, with the first number of channels that the model takes."""
     try:
@@ -295,9 +307,13 @@ def find_facts(
     kept = next((each[SIZE] for each in metas if SIZE in each), None)
     of_timm = timm.get("input_size")
     known = [each[0] for each in (kept, of_timm) if each]
-    if example_inputs is not None and input_size is None:
-        first = example_inputs[0] if isinstance(example_inputs, (tuple, list)) else example_inputs
-        input_size = tuple(first.shape[1:])
+    example_size = None if example_inputs is None else _size_of(example_inputs)
+    if input_size is None:
+        input_size = example_size
+    elif example_size is not None and _as_size(model, input_size, example_size[:1]) != example_size:
+        raise ModelError(
+            f"input_size {input_size!r} and example_inputs of size {example_size} contradict each other"
+        )
     if input_size is not None:
         size, sources["input_size"] = _as_size(model, input_size, known), "argument"
     elif kept is not None:

@@ -47,24 +47,25 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
+def atomic_folder(path: str | Path, *, replace: str | None = None) -> Iterator[Path]:
     """A temporary sibling folder of ``path``; it takes its place when the ``with`` ends well.
 
     Args:
         path: the folder to write; those above it are made if they aren't there.
-        replace: whether a folder that already holds something may be replaced.
+        replace: a folder that already holds a file of this name may be replaced; None: none that holds something.
 
     Yields:
         The temporary folder's path. It is removed when the ``with`` ends with an exception.
 
     Raises:
-        OutputError: ``path`` holds something and ``replace`` is off, it is a file, or the operating
+        OutputError: ``path`` holds something that may not be replaced, it is a file, or the operating
             system refuses; the message names ``path`` and the reason.
     """
     target = _followed(path)
     temporary = _open_folder(target, replace)
     try:
         yield temporary
+        _refuse_to_replace(target, replace)  # much may have appeared there meanwhile
         if target.is_dir():  # what was there goes aside first, so that no moment shows a mixture
             aside = temporary.with_suffix(".old")
             os.rename(target, aside)
@@ -78,11 +79,13 @@ def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
             os.rename(temporary, target)
     except OSError as error:
         raise _refused(target, error) from error
+    except OutputError as error:  # of a file in it, by a name that nobody has given
+        raise OutputError(str(error).replace(str(temporary), str(target))) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def check_folder(path: str | Path, *, replace: bool = False) -> None:
+def check_folder(path: str | Path, *, replace: str | None = None) -> None:
     """Refuses now what :func:`atomic_folder` would refuse at its beginning; leaves nothing behind.
 
     Raises:
@@ -135,14 +138,23 @@ def _followed(path: str | Path) -> Path:
         raise OutputError(f"can't write {path}: {error}") from error
 
 
-def _open_folder(target: Path, replace: bool) -> Path:
+def _refuse_to_replace(target: Path, replace: str | None) -> None:
+    if not target.is_dir() or not any(target.iterdir()) or (replace and (target / replace).is_file()):
+        return
+    if replace:
+        raise OutputError(
+            f"{target} holds something else, no {replace}; name another folder, or empty it yourself"
+        )
+    raise OutputError(f"{target} exists and is not empty; it can be replaced (--force)")
+
+
+def _open_folder(target: Path, replace: str | None) -> Path:
     try:
         if target.exists() and not target.is_dir():
             raise OutputError(f"{target} is a file, not a folder")
-        if not replace and target.is_dir() and any(target.iterdir()):
-            raise OutputError(f"{target} exists and is not empty; it can be replaced (--force)")
         if Path.cwd().is_relative_to(target) or os.path.ismount(target):
             raise OutputError(f"{target} is in use: a folder is written whole; name one that isn't there yet")
+        _refuse_to_replace(target, replace)
         temporary = _sibling(target)
         temporary.mkdir(parents=True)
     except OSError as error:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -23,10 +24,10 @@ class ValidationLoader:
     """
 
     def __init__(
-        self, images: Dataset[tuple[Tensor, int]], count: int, batch_size: int, workers: int
+        self, images: Dataset[tuple[Tensor, int]], count: int, batch_size: int, workers: int, classes: str
     ) -> None:
-        self.count = count
-        """How many images there are."""
+        self.count, self.classes = count, classes
+        """How many images there are, and how their sub-folders were matched with the network's classes."""
         generator = torch.Generator().manual_seed(0)  # without one DataLoader draws from the global RNG
         self._loader = DataLoader(images, batch_size=batch_size, num_workers=workers, generator=generator)
 
@@ -59,11 +60,23 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         return len(self.reader)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        stream, label = self.reader[index]
         try:
-            with stream, warnings.catch_warnings(), Image.open(stream) as image:
+            stream, label = self.reader[index]
+            with stream, warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # odd metadata is no reason to distrust the pixels
-                pixels = image.convert(self.mode)
-        except (OSError, SyntaxError, ValueError) as error:
+                with Image.open(stream) as image:
+                    pixels = _in_bytes(image).convert(self.mode)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise DataError(f"{self.reader.filename(index, absolute=True)}: {first_line(error)}") from error
         return self.transform(pixels), label
+
+
+def _in_bytes(image: Image.Image) -> Image.Image:
+    """An image of 8 bits a channel; Pillow cuts 16 bits off at 255, which leaves white."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"pixels of 32 bits (mode {image.mode}) have no known range: save it with 8 or 16 bits"
+        )
+    return image

@@ -93,7 +93,7 @@ class Registry(Generic[T]):
                 the reason is the ``__cause__``.
         """
         points = self._scan()
-        if name not in points:
+        if not isinstance(name, str) or name not in points:
             raise UnknownNameError(self._unknown(name))
         if name not in self._loaded:
             point = points[name]
@@ -171,7 +171,7 @@ class Registry(Generic[T]):
         names = self.names()
         if not names:
             return f"unknown {self.kind} {name!r}: no {self.kind} is installed"
-        return f"unknown {self.kind} {name!r}{nearest(name, names)} (available: {', '.join(names)})"
+        return f"unknown {self.kind} {name!r}{nearest(str(name), names)} (available: {', '.join(names)})"
 
 
 class _Point:

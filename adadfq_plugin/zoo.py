@@ -8,6 +8,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from numbers import Integral
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,6 +34,8 @@ __all__ = [
     "validation_loader",
 ]
 
+UNREAD = (".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2", ".avif", ".heic")
+"""Suffixes of images that timm's reader passes over."""
 _SMALL_SIDES = (96, 112, 126, 128, 192)
 """Multiples of 32 or 16, and of 14 for patches of that size."""
 
@@ -343,8 +346,9 @@ def validation_loader(
     try:
         reader = data.create_dataset("", root=str(folder)).reader
         if class_map is None:
-            indices = _class_indices(folder, reader.class_to_idx, facts.num_classes)
+            indices, classes = _class_indices(folder, reader.class_to_idx, facts.num_classes)
         else:
+            classes = f"classes as {class_map} lists them"
             indices = data.readers.class_map.load_class_map(str(class_map), str(folder))
             unlisted = sorted(reader.class_to_idx.keys() - indices.keys())
             if unlisted:
@@ -355,9 +359,15 @@ def validation_loader(
         reader = data.create_dataset("", root=str(folder), class_map=indices).reader
     except (RuntimeError, AssertionError, OSError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise DataError(f"{folder}: {first_line(error)}") from error
-    worst = max(reader.samples, key=lambda sample: int(sample[1]))
-    if worst[1] >= facts.num_classes:
-        raise DataError(f"{worst[0]}: is of class {worst[1]}, the network has {facts.num_classes} classes")
+    for path, index in reader.samples:
+        if not isinstance(index, Integral) or not 0 <= int(index) < facts.num_classes:
+            raise DataError(f"{path}: is of class {index!r}, the network has {facts.num_classes} classes")
+    unread = sorted(each for each in Path(reader.root).rglob("*") if each.suffix.lower() in UNREAD)
+    if unread:
+        raise DataError(
+            f"{len(unread)} images of {folder} would not be counted, {unread[0].name} the first: timm reads "
+            f"{' '.join(data.readers.get_img_extensions())}; convert them, or move them away"
+        )
     transform = data.create_transform(
         facts.input_size,
         interpolation=facts.interpolation,
@@ -367,10 +377,13 @@ def validation_loader(
         crop_mode=crop_mode,
     )
     images = LabelledImages(reader, mode, transform)
-    return ValidationLoader(images, len(images), batch_size, workers)
+    return ValidationLoader(images, len(images), batch_size, workers, classes)
 
 
-def _class_indices(folder: Path, natural: Mapping[str, int], num_classes: int) -> Mapping[str, int]:
+def _class_indices(
+    folder: Path, natural: Mapping[str, int], num_classes: int
+) -> tuple[Mapping[str, int], str]:
+    """The class of each sub-folder, and what was taken for it."""
     names = list(natural)
     if "" in names:
         raise DataError(f"{folder}: images must lie in one sub-folder a class; some lie beside them")
@@ -379,11 +392,11 @@ def _class_indices(folder: Path, natural: Mapping[str, int], num_classes: int) -
     if subset is not None:
         synsets = {synset: index for index, synset in enumerate(data.ImageNetInfo(subset).label_names())}
         if synsets.keys() >= set(names):
-            return synsets
+            return synsets, "ImageNet synsets"
     if all(name.isdecimal() and int(name) < num_classes for name in names):
-        return {name: int(name) for name in names}
+        return {name: int(name) for name in names}, "numbers of classes, from 0"
     if len(names) == num_classes:
-        return natural
+        return natural, f"the classes in timm's order, {names[0]} to {names[-1]}"
     raise DataError(
         f"{folder}: {len(names)} sub-folders ({names[0]}, ...) and a network of {num_classes} classes; "
         "say which is which with a class map (--class-map FILE)"

@@ -18,10 +18,11 @@ from torch.ao.quantization import get_default_qat_qconfig_mapping, get_default_q
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx, prepare_qat_fx
 
 import adadfq_plugin
-from adadfq_plugin import api, comparison
-from adadfq_plugin.config import AdaDFQSettings, Settings
+from adadfq_plugin import api, choice, comparison
+from adadfq_plugin.config import AdaDFQSettings, Scheme, Settings
 from adadfq_plugin.contracts import Method
 from adadfq_plugin.errors import AdaDFQError, BrokenPluginError, ModelError, SettingsError, UnknownNameError
+from adadfq_plugin.facts import find_facts
 from adadfq_plugin.teacher import refuse_nan
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -122,6 +123,23 @@ def test_modes_and_frozen_weights_of_the_prepared_model_are_kept() -> None:
     adadfq_plugin.calibrate(frozen, settings=QUICK_G, **TOLD)
     limit = before.abs().amax() / 100  # the weights may be clipped to their last level
     assert (frozen.linear.weight - before).abs().max() <= limit
+
+
+def test_other_backends_are_asked_after_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a stranger claims or raises."""
+
+    class Stranger:
+        def recognises(self, model: nn.Module) -> bool:
+            raise AttributeError("no such thing in this torch")
+
+    names, get = choice.backends().names(), choice.backends().get
+    monkeypatch.setattr(choice.backends(), "names", lambda: ("aimet", *names))
+    monkeypatch.setattr(choice.backends(), "get", lambda name: Stranger() if name == "aimet" else get(name))
+    assert choice.backend_of(models.prepared(), None).name == "fx"
+    with pytest.raises(ModelError, match="Residual is not prepared"):
+        choice.backend_of(models.trained(), None)
+    facts = find_facts(models.trained(), input_size=16)
+    assert choice.prepare_with(models.trained(), facts, Scheme(), None)[1].name == "fx"
 
 
 @pytest.mark.parametrize("backend", ["fx", "pt2e"])
@@ -473,6 +491,10 @@ def bad(
         ({"input_size": "big"}, ModelError, "input_size 'big'"),
         ({"num_classes": 7}, ModelError, "num_classes=7, but the model's output has 5"),
         ({"mean": (0.5,)}, ModelError, "mean has 1 values for 3 channels"),
+        ({"example_inputs": ()}, ModelError, "example_inputs are a batch of images"),
+        ({"example_inputs": {"x": 1}}, ModelError, "example_inputs are a batch of images"),
+        ({"example_inputs": torch.zeros(2, 3, 24, 24)}, ModelError, r"\(3, 24, 24\) contradict each other"),
+        ({"method": object()}, UnknownNameError, "unknown method <object"),
         ({"std": (0.0, 0.1, 0.1)}, ModelError, "must be positive"),
     ],
 )  # fmt: skip

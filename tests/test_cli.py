@@ -23,10 +23,10 @@ from click.testing import CliRunner
 from PIL import Image
 
 from adadfq_plugin import api, errors
-from adadfq_plugin.cli import main
+from adadfq_plugin.cli import job, main
 from adadfq_plugin.cli.options import plan
 from adadfq_plugin.cli.progress import Bars
-from adadfq_plugin.config import AdaDFQSettings, Scheme, from_toml
+from adadfq_plugin.config import AdaDFQSettings, Scheme, from_toml, to_toml
 from adadfq_plugin.dataset import SyntheticDataset
 from adadfq_plugin.errors import SettingsError
 from adadfq_plugin.hooks import fork_rng
@@ -34,6 +34,10 @@ from adadfq_plugin.registry import RegistryEntry
 
 NAME = "test_resnet"
 SMALL = ("--img-size", "32", "--batch-size", "4", "--steps", "2")
+FACTS = (
+    *("--mean", 0.5, 0.5, 0.5, "--std", 0.5, 0.5, 0.5),
+    *("--crop-pct", 0.95, "--interpolation", "bilinear"),
+)
 GENERATOR = ("--warmup-steps", "2", "--generator-width", "16", "--latent-dim", "8")
 KEPT = ("--samples", "8")
 FILES = {"quantized.pt", "report.html", "report.json", "report.md", "samples.safetensors", "settings.toml"}
@@ -74,7 +78,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Given:
             Image.new("RGB", (40, 36), (25 * index, shade, 90)).save(
                 folder / "val" / str(index) / f"{shade}.png"
             )
-    bare = (NAME, "--checkpoint", folder / "net.pt", "--num-classes", 10, *SMALL)
+    bare = (NAME, "--checkpoint", folder / "net.pt", "--num-classes", 10, *SMALL, *FACTS)
     return Given(folder / "net.pt", folder / "val", bare, (*bare, *KEPT, *GENERATOR))
 
 
@@ -106,7 +110,10 @@ def test_one_folder_with_all_that_came_of_it(run: Run, given: Given) -> None:
     assert set(report["latency"]["milliseconds"]) == {"float", "converted"}
     assert report["facts"]["input_size"] == [3, 32, 32]
     assert report["facts"]["sources"]["input_size"] == "argument"
-    assert report["facts"]["sources"]["mean"] == "timm"
+    assert report["facts"]["sources"]["mean"] == "argument"
+    assert report["network"]["checkpoint"] == str(given.checkpoint)
+    assert f"`{given.checkpoint}`" in (run.folder / "report.md").read_text()
+    assert report["accuracy"]["classes"] == "numbers of classes, from 0"
     assert 0 <= report["agreement"] <= 1
     assert report["fidelity"] >= 0.875
     assert report["integer_share"] == 1
@@ -176,7 +183,7 @@ def test_evaluate_finds_what_the_report_says(run: Run, given: Given) -> None:
     converted = adadfq("evaluate", run.folder, "--val", given.images)
     assert converted.code == 0, converted.output
     assert f"converted top-1 {100 * top1['converted']:.2f} % " in converted.output
-    words = ("--checkpoint", given.checkpoint, "--num-classes", 10, "--img-size", 32)
+    words = ("--checkpoint", given.checkpoint, "--num-classes", 10, "--img-size", 32, *FACTS)
     plain = adadfq("evaluate", NAME, *words, "--val", given.images, "-b", 7)
     assert plain.code == 0, plain.output
     assert (
@@ -376,9 +383,65 @@ def test_outputs_are_refused_before_the_work(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full"]
 
 
+def test_what_the_results_are_made_from_is_not_replaced(given: Given, tmp_path: Path) -> None:
+    words = ("quantize", *given.bare, *KEPT, "--force", "--val", given.images)
+    photos = adadfq(*words, "-o", given.images)
+    assert (photos.code, "holds something else, no report.json" in photos.output) == (5, True), photos.output
+    (given.checkpoint.parent / "report.json").touch()
+    beside = adadfq(*words, "-o", given.checkpoint.parent)
+    (given.checkpoint.parent / "report.json").unlink()
+    assert (beside.code, f"holds {given.checkpoint} (--checkpoint)" in beside.output) == (5, True), (
+        beside.output
+    )
+
+
+def test_facts_of_other_weights_are_guesses(given: Given) -> None:
+    words = (NAME, "--checkpoint", given.checkpoint, "--num-classes", 10, "--img-size", 32)
+    with pytest.warns(UserWarning, match=r"mean = \(0.5, 0.5, 0.5\) \(guess: timm's of test_resnet"):
+        job.load(
+            plan({"name": NAME, "checkpoint": str(words[2]), "num_classes": 10, "img_size": 32}, None).network
+        )
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--workers", 3), "--class-map and --workers are of labelled images"),
+        (("--class-map", "nowhere.txt"), "--class-map and --workers are of labelled images"),
+        (("--input-size", 3, 64, 64), r"img_size \(32\) and input_size \(3, 64, 64\) contradict"),
+    ],
+)
+def test_options_that_say_nothing_or_two_things(
+    given: Given, tmp_path: Path, words: tuple[Any, ...], said: str
+) -> None:
+    ended = adadfq("quantize", *given.bare, *words, "-o", tmp_path / "out")
+    assert ended.code == 2
+    assert re.search(said, ended.output), ended.output
+
+
+def test_what_was_given_comes_back_from_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    kwargs = {"act_layer": None, "drop_rate": 0.5, "sizes": (1, None), "mode": "fast", "kept": {1, 2}}
+    network = plan({"name": NAME, "checkpoint": "net.pt", "model_kwargs": kwargs}, None).network
+    Path("settings.toml").write_text(to_toml({"network": network.told()}), encoding="utf-8-sig")
+    again = plan({"name": ""}, Path("settings.toml")).network
+    assert again.model_kwargs == kwargs
+    assert again.checkpoint == str(tmp_path / "net.pt")
+    local = plan({"name": "local-dir:here"}, None).network
+    assert local.told() == {"name": f"local-dir:{tmp_path}/here"}
+
+
+def test_a_path_that_is_no_text_is_refused_or_shown(given: Given, tmp_path: Path) -> None:
+    strange = plan({"name": NAME, "checkpoint": "caf\udce9.pt"}, None)
+    with pytest.raises(SettingsError, match=r"checkpoint = .*caf.\.pt.*: no UTF-8"):
+        job._settings(strange, AdaDFQSettings())
+    assert job._printable("/data/caf\udce9") == "/data/caf\ufffd"
+
+
 def test_force_replaces(given: Given, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").write_text("old")
+    for name in ("old", "report.json"):
+        (tmp_path / "out" / name).write_text("old")
     words = ("quantize", *given.bare, *KEPT, "--method", "noise", "--force", "-o", tmp_path / "out")
     assert adadfq(*words, "--lambda-l", "0.2").code == 2
     assert (tmp_path / "out" / "old").exists()
@@ -615,5 +678,6 @@ def test_images_that_no_folder_can_hold_are_refused_first(
     with torch.no_grad(), fork_rng(0):
         torch.save(timm.create_model(NAME, num_classes=10, in_chans=2).state_dict(), tmp_path / "net.pt")
     words = (NAME, "--checkpoint", tmp_path / "net.pt", "--num-classes", 10, "--model-kwargs", "in_chans=2")
-    ended = adadfq("synthesize", *words, "--mean", 0.5, 0.5, "--std", 0.5, 0.5, "-o", tmp_path / "set")
+    told = ("--mean", 0.5, 0.5, "--std", 0.5, 0.5, "--input-size", 2, 32, 32, *FACTS[8:])
+    ended = adadfq("synthesize", *words, *told, "-o", tmp_path / "set")
     assert (ended.code, "PNG holds 1 or 3 channels, not 2" in ended.output) == (5, True), ended.output

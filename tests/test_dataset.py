@@ -259,7 +259,7 @@ def test_an_interrupt_leaves_what_was_there(tmp_path: Path) -> None:
             (temporary / "half" if temporary.is_dir() else temporary).write_text("half")
             raise KeyboardInterrupt
 
-    for writer in (atomic_file(tmp_path / "file"), atomic_folder(tmp_path / "folder", replace=True)):
+    for writer in (atomic_file(tmp_path / "file"), atomic_folder(tmp_path / "folder", replace="kept")):
         with pytest.raises(KeyboardInterrupt):
             half(writer)
     assert (tmp_path / "file").read_text() == "old"
@@ -280,10 +280,39 @@ def test_a_folder_comes_back_where_the_new_one_cannot_take_its_place(
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", refuse)
-    with pytest.raises(OutputError, match="no"), atomic_folder(tmp_path / "folder", replace=True):
+    with pytest.raises(OutputError, match="no"), atomic_folder(tmp_path / "folder", replace="kept"):
         pass
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["kept"]
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_only_a_folder_of_the_same_kind_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").touch()
+    with pytest.raises(OutputError, match=r"photos holds something else, no metadata\.json"):
+        make().save(tmp_path / "photos", replace=True)
+
+    def meanwhile() -> None:
+        with atomic_folder(tmp_path / "new") as folder:
+            (folder / "ours").touch()
+            (tmp_path / "new").mkdir()
+            (tmp_path / "new" / "theirs").touch()
+
+    with pytest.raises(OutputError, match="not empty"):
+        meanwhile()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.png", "new", "photos", "theirs"]
+
+
+def test_a_file_in_a_folder_is_refused_by_the_name_that_was_given(tmp_path: Path) -> None:
+    def write() -> None:
+        with atomic_folder(tmp_path / "out") as folder:
+            (folder / "a").mkdir()
+            with atomic_file(folder / "a"):
+                pass
+
+    with pytest.raises(OutputError) as caught:
+        write()
+    assert str(caught.value) == f"{tmp_path}/out/a is a folder, not a file"
 
 
 def test_checking_leaves_nothing(tmp_path: Path) -> None:
@@ -303,7 +332,7 @@ def test_a_link_stays_and_the_current_folder_is_refused(
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "old").touch()
     (tmp_path / "link").symlink_to(tmp_path / "folder")
-    with atomic_folder(tmp_path / "link", replace=True) as folder:
+    with atomic_folder(tmp_path / "link", replace="old") as folder:
         (folder / "new").touch()
     assert (tmp_path / "link").is_symlink()
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["new"]
@@ -314,4 +343,4 @@ def test_a_link_stays_and_the_current_folder_is_refused(
     monkeypatch.chdir(tmp_path / "folder")
     for place in (".", "..", tmp_path / "link"):
         with pytest.raises(OutputError, match="in use"):
-            check_folder(place, replace=True)
+            check_folder(place, replace="new")

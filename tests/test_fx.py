@@ -36,6 +36,7 @@ import adadfq_plugin
 from adadfq_plugin.backends.fx import (
     FXBackend,
     FXPrepared,
+    _engine_of,
     best_engine,
     qconfig_mapping,
     traceable,
@@ -493,6 +494,25 @@ def test_transposed_convolutions_without_a_right_kernel_stay_in_float(channels: 
             fake = opened.module(batch)
         converted = opened.convert()(batch)
     assert (fake - converted).abs().mean() <= 0.05 * fake.std()  # the weights alone are rounded
+
+
+def test_a_saved_model_is_read_for_its_own_engine(tmp_path: Path) -> None:
+    engine = next(
+        each for each in ("qnnpack", "fbgemm") if each in torch.backends.quantized.supported_engines
+    )
+    opened = FXBackend().open(FXBackend().prepare(models.trained(), models.SIZE, Scheme(engine=engine)))
+    models.observed(opened, batch := models.images(8))
+    converted = opened.convert()
+    FXBackend().save(converted, batch[:1], tmp_path / "net.pt")
+    with torch.no_grad():
+        assert torch.equal(FXBackend().load(tmp_path / "net.pt")(batch), converted(batch))
+    assert _engine_of(tmp_path / "net.pt") == engine
+    with ZipFile(tmp_path / "bare.pt", "w") as archive:
+        archive.writestr("net/code", "")
+    assert _engine_of(tmp_path / "bare.pt") == best_engine()
+    (tmp_path / "text.pt").write_text("no archive")
+    with pytest.raises(DataError, match=r"text\.pt is no converted model"):
+        FXBackend().load(tmp_path / "text.pt")
 
 
 def test_engine_is_restored_and_named_when_missing() -> None:

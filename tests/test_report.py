@@ -70,7 +70,9 @@ def full() -> Report:
         boundaries=(0.1, 0.8),
         notes=["the ranges come\nfrom 256 images"],
         warnings=["look <script>out</script>"],
-        accuracy=Accuracy({"float": 0.878, "fake-quantized": 0.872, "converted": 0.866}, 500, "/images/val"),
+        accuracy=Accuracy(
+            {"float": 0.878, "fake-quantized": 0.872, "converted": 0.866}, 500, "/images/val", "numbers"
+        ),
         sizes={"float": 18_600_000, "converted": 4_836_000},
         latency=Latency({"float": 30.0, "converted": 12.0}, 2, 50),
         environment=environment(),

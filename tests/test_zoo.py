@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -307,6 +309,10 @@ def test_a_class_map_has_the_last_word(tmp_path: Path) -> None:
     (tmp_path / "map.pkl").write_bytes(b"no pickle")
     with pytest.raises(DataError, match="val"):
         zoo.validation_loader(folder, TINY, class_map=tmp_path / "map.pkl")
+    for index in ("x", -1):
+        (tmp_path / "map.pkl").write_bytes(pickle.dumps({"cat": index, "dog": 0}))
+        with pytest.raises(DataError, match=rf"a\.png: is of class {index!r}"):
+            zoo.validation_loader(folder, TINY, class_map=tmp_path / "map.pkl")
     with pytest.raises(DataError, match=r"a\.png: is of class 3, the network has 3 classes"):
         zoo.validation_loader(folder, Facts((3, 8, 8), 3), class_map=tmp_path / "map.txt")
 
@@ -322,6 +328,39 @@ def test_images_are_normalised_cropped_and_batched(tmp_path: Path) -> None:
         images(tmp_path / "l", "0/x.png", mode="L"), Facts((1, 8, 8), 2, (0.5,), (0.5,))
     )
     assert next(iter(grey))[0].shape == (1, 1, 8, 8)
+
+
+def test_sixteen_bits_are_not_cut_off(tmp_path: Path) -> None:
+    (tmp_path / "0").mkdir()
+    ramp = np.linspace(0, 65535, 64).reshape(8, 8)
+    Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / "0" / "x.png")
+    exact = Facts((1, 8, 8), 2, (0.0,), (1.0,), interpolation="nearest")
+    ((seen, _),) = zoo.validation_loader(tmp_path, exact)
+    torch.testing.assert_close(seen[0, 0], torch.from_numpy(ramp / 65535).float(), rtol=0, atol=1 / 255)
+    (tmp_path / "0" / "x.png").unlink()
+    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "0" / "y.png", format="tiff")
+    with pytest.raises(DataError, match=r"y\.png: pixels of 32 bits \(mode F\)"):
+        list(zoo.validation_loader(tmp_path, exact))
+
+
+def test_images_that_would_not_be_counted_are_named(tmp_path: Path) -> None:
+    folder = images(tmp_path, "0/a.png", "1/b.webp", "1/c.bmp", "1/d.png")
+    with pytest.raises(
+        DataError, match=r"2 images of .* would not be counted, b\.webp the first: timm reads \.png"
+    ):
+        zoo.validation_loader(folder, TINY)
+
+
+def test_too_large_or_missing_images_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = images(tmp_path, "0/a.png", "1/b.png")
+    loader = zoo.validation_loader(folder, TINY)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30)
+    with pytest.raises(DataError, match=r"a\.png: .*decompression bomb"):
+        list(loader)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    (folder / "1" / "b.png").unlink()
+    with pytest.raises(DataError, match=r"b\.png: .*No such file"):
+        list(loader)
 
 
 @pytest.mark.parametrize(

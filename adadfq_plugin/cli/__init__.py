@@ -12,9 +12,12 @@ from adadfq_plugin.cli.options import Command, Network, Run, fields_as_options, 
 from adadfq_plugin.cli.program import EXIT_CODES, Program
 from adadfq_plugin.cli.progress import Bars
 from adadfq_plugin.config import AdaDFQSettings, Scheme
+from adadfq_plugin.errors import SettingsError
 
 __all__ = ["main"]
 
+COUNT = 256
+"""Images that ``synthesize`` makes, unless told otherwise."""
 CallableT = TypeVar("CallableT", bound=Callable[..., Any])
 
 _NAMES = """\b
@@ -110,6 +113,8 @@ def quantize(
     planned = plan(values, config)
     from adadfq_plugin.cli import job
 
+    if val is None and (class_map or workers):
+        raise SettingsError("--class-map and --workers are of labelled images: give --val FOLDER too")
     images = None if val is None else job.Images(val, class_map, workers)
     with Bars() as bars:
         report = job.quantize(planned, output, images, force=force, bars=bars)
@@ -145,7 +150,13 @@ def evaluate(val: str, class_map: str | None, workers: int, batch_size: int, **v
     metavar="PATH",
     help="*.safetensors, *.npz, or a folder of PNG files",
 )
-@option("-n", "--count", type=click.IntRange(1), default=256, show_default=True, help="how many images")
+@option(
+    "-n",
+    "--count",
+    type=click.IntRange(1),
+    default=None,
+    help=f"how many images; unset: the samples that --config sets, or {COUNT}",
+)
 @option("--force", is_flag=True, help="replace an output that exists")
 @_config
 @_debug
@@ -153,11 +164,12 @@ def evaluate(val: str, class_map: str | None, workers: int, batch_size: int, **v
 @_network
 @fields_as_options(Scheme, "Bits and kernels of the network that the images are made for")
 @fields_as_options(AdaDFQSettings, "Settings of the method", short={"batch_size": "-b"}, skip=("samples",))
-def synthesize(output: Path, count: int, force: bool, config: Path | None, **values: Any) -> None:
+def synthesize(output: Path, count: int | None, force: bool, config: Path | None, **values: Any) -> None:
     """Makes images from the network NAME alone, for tools that calibrate by themselves."""
     planned = plan(values, config)
     from adadfq_plugin.cli import job
 
+    count = count or planned.settings.get("samples") or COUNT
     with Bars() as bars:
         samples = job.synthesize(planned, output, count, force=force, bars=bars)
     size = "x".join(map(str, samples.facts.input_size))

@@ -6,7 +6,7 @@ import io
 import json
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from adadfq_plugin import api, zoo
-from adadfq_plugin.cli.options import Network, Plan
+from adadfq_plugin.cli.options import LOCAL, Network, Plan
 from adadfq_plugin.cli.progress import Bars
 from adadfq_plugin.config import Settings, to_toml
 from adadfq_plugin.contracts import Backend
@@ -78,6 +78,10 @@ def load(network: Network) -> tuple[nn.Module, Facts, str]:
             model_kwargs=network.model_kwargs,
         )
     facts = zoo.facts(model, given)
+    if network.checkpoint:  # timm's record is of weights that nobody asked for
+        guess = f"guess: timm's of {network.name}; the checkpoint tells nothing"
+        sources = {name: guess if source == "timm" else source for name, source in facts.sources.items()}
+        facts = replace(facts, sources=sources)
     if facts.guessed:
         warnings.warn(f"{facts.guessed}; options of the same names tell", UserWarning, stacklevel=2)
     return model, facts, network.crop_mode or zoo.crop_mode(model)
@@ -97,7 +101,9 @@ def quantize(plan: Plan, output: Path, images: Images | None, *, force: bool, ba
     checked_run(settings, plan.run.minutes, plan.run.seed, plan.run.device)
     if plan.run.backend != api.AUTO:
         api.backends().get(plan.run.backend)
-    check_folder(output, replace=force)
+    check_folder(output, replace=REPORT_FILE if force else None)
+    _refuse_inputs_in(output, plan, images)
+    written = _settings(plan, settings)
     bars("load", 0, 1, {})
     model, facts, crop_mode = load(plan.network)
     loader = None if images is None else images.loader(facts, crop_mode)
@@ -113,18 +119,21 @@ def quantize(plan: Plan, output: Path, images: Images | None, *, force: bool, ba
     if loader is not None:
         top1["fake-quantized"] = _top1(result.prepared, loader, "fake-quantized", bars)
         top1["converted"] = _top1(converted, loader, "converted", bars)
-    accuracy = None if images is None or loader is None else Accuracy(top1, loader.count, images.folder)
+    accuracy = None
+    if images is not None and loader is not None:
+        accuracy = Accuracy(top1, loader.count, _printable(images.folder), loader.classes)
     example = samples.images(0, 1)
     told = [facts.guessed] if facts.guessed else []
     told += result.warnings
     latency = _latency(model, converted, example, bars)
     bars("write", 0, 1, {})
-    with atomic_folder(output, replace=force) as folder:
+    with atomic_folder(output, replace=REPORT_FILE if force else None) as folder:
         told += _save(backend, converted, example, folder / model_file, output)
         samples.save(folder / SAMPLES_FILE)
-        (folder / SETTINGS_FILE).write_text(_settings(plan, result.settings), encoding="utf-8")
+        (folder / SETTINGS_FILE).write_text(written, encoding="utf-8")
         report = Report(
             name=plan.network.name,
+            network=plan.network.told(),
             method=plan.run.method,
             backend=result.backend,
             scheme=plan.scheme.model_dump(),
@@ -172,8 +181,10 @@ def evaluate(plan: Plan, images: Images, bars: Bars) -> Accuracy:
     """Top-1 of a network by name, or of the converted one in a folder that ``adadfq quantize`` wrote."""
     folder = Path(plan.network.name)
     model: Logits
-    if folder.is_dir():
-        told = sorted(plan.network.model_fields_set - {"name"})
+    told = sorted(plan.network.model_fields_set - {"name"})
+    if folder.is_dir() and (
+        not told or (folder / REPORT_FILE).is_file()
+    ):  # else a network of timm by that name
         if told:
             raise SettingsError(
                 f"{folder} is what 'adadfq quantize' wrote; it knows --{told[0].replace('_', '-')}"
@@ -182,7 +193,8 @@ def evaluate(plan: Plan, images: Images, bars: Bars) -> Accuracy:
     else:
         network, (model, facts, crop_mode) = "float", load(plan.network)
     loader = images.loader(facts, crop_mode)
-    return Accuracy({network: _top1(model, loader, network, bars)}, loader.count, images.folder)
+    top1 = _top1(model, loader, network, bars)
+    return Accuracy({network: top1}, loader.count, images.folder, loader.classes)
 
 
 def _converted(folder: Path) -> tuple[Logits, Facts, str]:
@@ -231,16 +243,39 @@ def _float_bytes(model: nn.Module) -> int:
     return stream.tell()
 
 
+def _refuse_inputs_in(output: Path, plan: Plan, images: Images | None) -> None:
+    """Refuses to put the results in the place of what they are made from."""
+    local = plan.network.name.startswith(LOCAL)
+    inputs = {
+        "--checkpoint": plan.network.checkpoint,
+        "--val": None if images is None else images.folder,
+        "--class-map": None if images is None else images.class_map,
+        "the network": plan.network.name.removeprefix(LOCAL) if local else None,
+    }
+    for what, path in inputs.items():
+        if path is not None and Path(path).resolve().is_relative_to(output.resolve()):
+            raise OutputError(f"{output} holds {path} ({what}), which would be replaced; name another folder")
+
+
 def _settings(plan: Plan, settings: Settings) -> str:
     """What ``--config`` takes to do the same again; the preset has become settings."""
-    return to_toml(
+    text = to_toml(
         {
-            "network": plan.network.model_dump(exclude_unset=True),
+            "network": plan.network.told(),
             "run": plan.run.model_dump(exclude={"preset"}, exclude_none=True),
             "scheme": plan.scheme,
             "settings": settings,
         }
     )
+    if (printable := _printable(text)) != text:
+        culprit = next(line for line in printable.splitlines() if "�" in line)
+        raise SettingsError(f"{culprit}: no UTF-8, which settings.toml is written in; rename it")
+    return text
+
+
+def _printable(text: str) -> str:
+    """A path of bytes that are no text, as text."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _boundaries(settings: Settings) -> tuple[float, float] | None:
@@ -265,7 +300,7 @@ def _signed(samples: SyntheticDataset, plan: Plan, facts: Facts) -> SyntheticDat
     """The set with what this command knows beyond the API: the network, and who told which fact."""
     samples.facts = facts
     samples.provenance |= {
-        "network": plan.network.model_dump(exclude_unset=True),
+        "network": plan.network.told(),
         "scheme": plan.scheme.model_dump(),
         "versions": environment()["versions"],
     }

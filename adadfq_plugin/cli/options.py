@@ -19,6 +19,7 @@ __all__ = ["Command", "Network", "Plan", "Run", "fields_as_options", "option", "
 
 CallableT = TypeVar("CallableT", bound=Callable[..., Any])
 Size = Annotated[int, Field(ge=1)]
+LOCAL = "local-dir:"
 
 
 class _Section(BaseModel):
@@ -53,6 +54,25 @@ class Network(_Section):
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = Field(
         None, description="resampling of the labelled images; unset: timm's"
     )
+
+    def model_post_init(self, context: Any) -> None:
+        """Refuses two sizes."""
+        sides = (self.input_size or ())[1:]
+        if self.img_size and sides and sides != (self.img_size,) * 2:
+            raise ValueError(
+                f"img_size ({self.img_size}) and input_size {self.input_size} contradict each other"
+            )
+
+    def told(self) -> dict[str, Any]:
+        """What was given, as TOML and JSON hold it and ``--config`` reads it, from whatever folder."""
+        values = self.model_dump(exclude_unset=True, exclude_none=True)
+        if "checkpoint" in values:
+            values["checkpoint"] = str(Path(values["checkpoint"]).absolute())
+        if self.name.startswith(LOCAL):
+            values["name"] = f"{LOCAL}{Path(self.name.removeprefix(LOCAL)).absolute()}"
+        if "model_kwargs" in values:
+            values["model_kwargs"] = [f"{name}={value!r}" for name, value in self.model_kwargs.items()]
+        return values
 
 
 class Run(_Section):
@@ -162,7 +182,7 @@ def fields_as_options(
     return decorate
 
 
-_NUMBER = re.compile(r"-?[\d.]+(e-?\d+)?")
+_NUMBER = re.compile(r"-?[\d.]+([eE][-+]?\d+)?")
 _PAIR = re.compile(r"\w+=.*")
 
 

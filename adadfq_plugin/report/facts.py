@@ -37,11 +37,13 @@ class Accuracy:
         top1: fractions by network: ``float``, ``fake-quantized``, ``converted``.
         count: how many images.
         images: where they lie.
+        classes: how their sub-folders were matched with the network's classes.
     """
 
     top1: Mapping[str, float]
     count: int
     images: str
+    classes: str
 
     def standard_error(self, network: str) -> float:
         """Of the fraction, over draws of as many images (binomial)."""
@@ -86,6 +88,7 @@ class Report:
         latency: time for one image.
         environment: versions and machine, see :func:`environment`.
         crop_mode: how labelled images are cropped, timm's names.
+        network: what else the user said of the network.
     """
 
     name: str
@@ -111,6 +114,7 @@ class Report:
     latency: Latency | None = None
     environment: Mapping[str, Any] = field(default_factory=dict)
     crop_mode: str = "center"
+    network: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def facts(self) -> Facts:
@@ -135,6 +139,7 @@ class Report:
         """Everything but the images, as JSON holds it; NaN and infinity become None."""
         values = {
             "name": self.name,
+            "network": self.network,
             "method": self.method,
             "backend": self.backend,
             "bits": self.bits,

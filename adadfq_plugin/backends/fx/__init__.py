@@ -7,7 +7,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from zipfile import ZIP_DEFLATED, ZipFile
+from zipfile import ZIP_DEFLATED, BadZipFile, ZipFile
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,14 @@ def _compress(source: Path, target: Path) -> None:
     with ZipFile(source) as old, ZipFile(target, "w", ZIP_DEFLATED) as new:
         for item in old.infolist():
             new.writestr(item, old.read(item), ZIP_DEFLATED)
+
+
+def _engine_of(path: Path) -> str:
+    """The engine that a saved model was prepared for, whose kernels its weights fit; else the best of this machine."""
+    with ZipFile(path) as archive:
+        notes = [name for name in archive.namelist() if name.endswith(f"/extra/{ENGINE}")]
+        engine = archive.read(notes[0]).decode() if notes else ""
+    return engine if engine in torch.backends.quantized.supported_engines else best_engine()
 
 
 def _sentences(sites: Sequence[CallSite]) -> Iterator[str]:
@@ -147,19 +155,20 @@ class FXBackend:
             warnings.simplefilter("ignore")  # torch.jit announces its retirement at every call
             script = torch.jit.freeze(torch.jit.trace(converted.eval(), example, check_trace=False))
             with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-                torch.jit.save(script, f"{folder}/model.pt")
+                engine = getattr(converted, "meta", {}).get(ENGINE, torch.backends.quantized.engine)
+                torch.jit.save(script, f"{folder}/model.pt", _extra_files={ENGINE: engine})
                 _compress(Path(folder, "model.pt"), path)
 
     def load(self, path: Path) -> nn.Module:
-        """What ``save`` wrote.
+        """What ``save`` wrote, for the kernels of the engine that it was prepared for.
 
         Raises:
             DataError: the file is missing or is no TorchScript archive.
         """
         try:
-            with warnings.catch_warnings(), using_engine(best_engine()):
+            with warnings.catch_warnings(), using_engine(_engine_of(path)):
                 warnings.simplefilter("ignore")
                 loaded: nn.Module = torch.jit.load(str(path))
-        except (RuntimeError, ValueError, OSError) as error:
+        except (RuntimeError, ValueError, OSError, BadZipFile) as error:
             raise DataError(f"{path} is no converted model: {first_line(error)}") from error
         return loaded

@@ -340,5 +340,6 @@ class FXPrepared:
         """The integer network that ``convert_fx`` makes of the calibrated state."""
         self.finish()
         with using_engine(self.engine):
-            converted: nn.Module = convert_fx(copy.deepcopy(self.module).cpu().eval())
+            converted = convert_fx(copy.deepcopy(self.module).cpu().eval())
+        converted.meta[ENGINE] = self.engine
         return converted
