@@ -28,7 +28,7 @@ from adadfq_plugin.contracts import Outcome, Progress, Task
 from adadfq_plugin.dataset import SyntheticDataset
 from adadfq_plugin.errors import BrokenPluginError, SettingsError
 from adadfq_plugin.facts import device_of, find_facts
-from adadfq_plugin.hooks import fork_rng, module_modes, on_cpu
+from adadfq_plugin.hooks import fork_rng, module_modes, plain_tensors
 from adadfq_plugin.refusals import checked_run, refuse_other_modules
 from adadfq_plugin.results import Evaluation, Result
 from adadfq_plugin.teacher import make_teacher, refuse_nan
@@ -52,7 +52,7 @@ def _silent(_phase: str, _step: int, _total: int, _figures: Mapping[str, float])
     """Progress for callers who want none."""
 
 
-@on_cpu()
+@plain_tensors()
 def prepare(
     model: nn.Module,
     input_size: Any = None,
@@ -76,14 +76,14 @@ def prepare(
         ModelError: a model that can't be prepared, with the reason.
     """
     refuse_other_modules(model)
-    with module_modes(model, False):
+    with module_modes(model, False), fork_rng(0, device_of(model)):
         refuse_nan(model, buffers=True)
         facts = find_facts(model, input_size=input_size)
     with fork_rng(0):  # toolkits initialise the modules that they build, to no effect
         return prepare_with(model, facts, scheme_of(scheme), backend)[0]
 
 
-@on_cpu()
+@plain_tensors()
 def calibrate(
     prepared: nn.Module,
     *,
@@ -141,7 +141,7 @@ def calibrate(
         opened = toolkit.open(prepared)
     refuse_nan(opened.module)
     source = teacher if teacher is not None else opened.float_model()
-    with module_modes(source, False):
+    with module_modes(source, False), fork_rng(seed, device_of(source)):
         facts = find_facts(
             source,
             relatives=(prepared, opened.module),
@@ -156,7 +156,7 @@ def calibrate(
     def tell(sentence: str, advice: str = "") -> None:
         if sentence:
             told.append(sentence)
-            # the caller's line, behind this function, calibrate and on_cpu
+            # the caller's line, behind this function, calibrate and plain_tensors
             warnings.warn(f"adadfq_plugin: {sentence}{advice}", UserWarning, stacklevel=4)
 
     tell(facts.guessed, "; pass them by keyword")
@@ -165,7 +165,8 @@ def calibrate(
             "no weight of the prepared model requires a gradient, so that none is rounded anew or trained",
             "; call requires_grad_() on it where they may be",
         )
-    frozen = make_teacher(source, facts, device=where)
+    with fork_rng(seed, where):
+        frozen = make_teacher(source, facts, device=where)
     if frozen.channels_last:
         opened.module.to(memory_format=torch.channels_last)
     opened.module.to(where)
@@ -180,6 +181,8 @@ def calibrate(
             raise BrokenPluginError(
                 f"method {method!r} returned {type(outcome).__name__}, not adadfq_plugin.contracts.Outcome"
             )
+        for sentence in outcome.warnings:
+            tell(sentence)
         figures, unfaithful = comparison.figures(frozen, opened, outcome.samples, where)
         tell(unfaithful)  # where warnings are errors, before anything of the user's is written
         opened.module.to(device_of(prepared)).to(memory_format=torch.contiguous_format)
@@ -201,7 +204,7 @@ def calibrate(
     )
 
 
-@on_cpu()
+@plain_tensors()
 def quantize(
     model: nn.Module,
     *,
@@ -239,7 +242,7 @@ def quantize(
     widths = scheme_of(scheme)
     made = method_settings(methods().get(method), settings, preset)  # refuse before any work
     seed, _ = checked_run(made, minutes, seed, device)
-    with module_modes(model, False):
+    with module_modes(model, False), fork_rng(seed, device_of(model)):
         refuse_nan(model, buffers=True)
         facts = find_facts(model, input_size=input_size, num_classes=num_classes, mean=mean, std=std)
     with fork_rng(seed):

@@ -37,7 +37,10 @@ def refuse_random(teacher: Teacher) -> None:
     """
     images = teacher.noise(TRIAL)
     with torch.no_grad():
-        once, again = teacher(images), teacher(images)
+        _refuse_difference(teacher(images), teacher(images))
+
+
+def _refuse_difference(once: Tensor, again: Tensor) -> None:
     if not torch.allclose(
         once, again, rtol=TOLERANCE, atol=TOLERANCE * float(once.abs().max()), equal_nan=True
     ):
@@ -59,12 +62,13 @@ def not_the_teacher(teacher: Teacher, prepared: Prepared, *, own: bool = False) 
         the sentence, empty where the two are one network.
 
     Raises:
-        ModelError: another number of logits.
+        ModelError: another number of logits, or others when it is asked again.
     """
     images = teacher.noise(TRIAL)
     twin = prepared.reference()  # the toolkit's own observers can't be told not to observe
     with torch.no_grad(), twin.phase(Phase.FLOAT):
         expected, found = teacher(images), twin.module(images)
+        _refuse_difference(found, twin.module(images))
     if found.shape != expected.shape:
         raise ModelError(
             f"the prepared model gives {found.shape[-1]} logits, the teacher {expected.shape[-1]}: prepare a copy of "

@@ -142,6 +142,8 @@ class Outcome:
     """Sentences for the report: what was decided and why."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Time of each phase."""
+    warnings: list[str] = field(default_factory=list)
+    """Sentences of which the user is warned: what did not go well."""
 
 
 @runtime_checkable

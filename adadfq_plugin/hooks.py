@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -24,7 +24,7 @@ __all__ = [
     "capture_outputs",
     "fork_rng",
     "module_modes",
-    "on_cpu",
+    "plain_tensors",
     "short_name",
     "unfrozen",
 ]
@@ -247,16 +247,25 @@ def module_modes(module: nn.Module, training: bool) -> Iterator[None]:
 
 
 @contextmanager
-def on_cpu() -> Iterator[None]:
-    """Tensors that are made without a device are on the CPU, whatever ``torch.set_default_device`` was told.
+def plain_tensors() -> Iterator[None]:
+    """Tensors are of float32 and on the CPU unless something else is said, and stay what they are.
+
+    Whatever ``torch.set_default_device``, ``torch.set_default_dtype`` and ``torch.autocast`` were told.
 
     Example:
         >>> import torch
-        >>> with torch.device("meta"), on_cpu():
-        ...     torch.zeros(1).device
-        device(type='cpu')
+        >>> with torch.device("meta"), torch.autocast("cpu"), plain_tensors():
+        ...     (torch.zeros(1, 1) @ torch.zeros(1, 1)).device, torch.is_autocast_enabled("cpu")
+        (device(type='cpu'), False)
     """
-    with nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):
+    dtype = torch.get_default_dtype()
+    with ExitStack() as stack:
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        for device in ("cpu", "cuda"):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        stack.callback(torch.set_default_dtype, dtype)
+        torch.set_default_dtype(torch.float32)
         yield
 
 

@@ -286,6 +286,10 @@ class TotalVariation(_OfInput):
     name = "total_variation"
     loss = staticmethod(total_variation)
 
+    def reason(self, teacher: Teacher) -> str | None:
+        """None where pixels have neighbours both ways."""
+        return None if min(teacher.facts.input_size[1:]) > 1 else "images are one pixel high or wide"
+
 
 class ImageNorm(_OfInput):
     """Pixels near the mean (``squared_norm`` of the network's input)."""

@@ -187,6 +187,62 @@ def test_a_default_device_is_no_matter() -> None:
     assert results[0].sqnr_db == results[1].sqnr_db
 
 
+@pytest.mark.parametrize("backend", ["fx", "pt2e"])
+def test_autocast_and_a_default_dtype_are_no_matter(backend: str) -> None:
+    model = models.trained()
+    plain = adadfq_plugin.quantize(model, settings=QUICK_G, backend=backend, **TOLD)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            again = adadfq_plugin.quantize(model, settings=QUICK_G, backend=backend, **TOLD)
+            assert torch.is_autocast_enabled("cpu")
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert again.sqnr_db == plain.sqnr_db
+
+
+class Spread(nn.Module):
+    """The deviation of each channel, or its root mean square: roots without a gradient where a channel is constant."""
+
+    def __init__(self, *, centred: bool) -> None:
+        super().__init__()
+        self.centred, self.conv, self.linear = centred, nn.Conv2d(3, 8, 3), nn.Linear(8, models.CLASSES)
+        with torch.no_grad():
+            self.conv.weight[0] = 0
+            self.conv.bias[0] = 0 if centred else -20  # type: ignore[index]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x) if self.centred else self.conv(x).relu()
+        middle = x.mean((2, 3), keepdim=True) if self.centred else 0
+        return cast(Tensor, self.linear((x - middle).square().mean((2, 3)).sqrt()))
+
+
+def test_refinement_survives_gradients_that_are_not_finite() -> None:
+    settings = {**QUICK_G, "refine_steps": 3}
+    with pytest.warns(UserWarning, match="updates of Q were left out"):
+        result = adadfq_plugin.quantize(Spread(centred=True).eval(), settings=settings, **TOLD)
+    assert len(result.samples) == QUICK_G["samples"]
+    assert any("updates of G were left out" in note for note in result.notes)
+
+
+def test_a_training_that_did_nothing_is_a_warning() -> None:
+    with pytest.warns(UserWarning, match="updates of Q were left out.*hardly been trained"):
+        result = adadfq_plugin.quantize(Spread(centred=False).eval(), settings=QUICK_G, **TOLD)
+    assert any("hardly been trained" in each for each in result.warnings)
+
+
+def test_random_networks_are_refused_without_a_draw() -> None:
+    class Noisy(models.Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x + torch.randn_like(x))
+
+    noisy, before = Noisy().eval(), torch.get_rng_state()
+    with pytest.raises(ModelError):
+        adadfq_plugin.quantize(noisy, settings=QUICK_G, **TOLD)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_network_of_inference_mode_is_refused() -> None:
     with torch.inference_mode():
         model = models.trained()

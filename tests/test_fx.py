@@ -22,7 +22,7 @@ from torch.ao.quantization import (
     get_default_qconfig_mapping,
 )
 from torch.ao.quantization.backend_config import BackendConfig
-from torch.ao.quantization.fake_quantize import FakeQuantize
+from torch.ao.quantization.fake_quantize import FakeQuantize, default_per_channel_weight_fake_quant
 from torch.ao.quantization.fx.custom_config import PrepareCustomConfig
 from torch.ao.quantization.observer import (
     MinMaxObserver,
@@ -50,6 +50,7 @@ from adadfq_plugin.backends.fx.inference import as_inference
 from adadfq_plugin.config import Scheme
 from adadfq_plugin.contracts import Backend, Phase, Prepared
 from adadfq_plugin.errors import DataError, ModelError, SettingsError
+from adadfq_plugin.game.rounding import round_weights
 from adadfq_plugin.ranges import levels_that_fit
 from adadfq_plugin.streams import readers
 
@@ -1045,8 +1046,40 @@ def test_a_graph_that_draws_random_numbers_is_refused() -> None:
             return super().forward(x * torch.bernoulli(torch.full_like(x, 0.8)))
 
     prepared = prepare_qat_fx(Drops().train(), qconfig_mapping(Scheme()), EXAMPLE)
-    with pytest.raises(ModelError, match="draws random numbers"):
-        adadfq_plugin.calibrate(prepared, example_inputs=EXAMPLE, mean=(0.5,) * 3, std=(0.25,) * 3)
+    told: dict[str, Any] = {"example_inputs": EXAMPLE, "mean": (0.5,) * 3, "std": (0.25,) * 3}
+    for teacher in (None, models.trained()):  # also where the teacher itself draws none
+        with pytest.raises(ModelError, match="draws random numbers"):
+            adadfq_plugin.calibrate(prepared, teacher=teacher, **told)
+
+
+def test_a_clamp_stays_in_front_of_levels_below_it() -> None:
+    """Of a symmetric quantizer half of the levels lie below what a ReLU6 lets through."""
+    activation = FakeQuantize.with_args(
+        observer=MinMaxObserver,
+        quant_min=0,
+        quant_max=255,
+        dtype=torch.quint8,
+        qscheme=torch.per_tensor_symmetric,
+    )
+    mapping = QConfigMapping().set_global(QConfig(activation, default_per_channel_weight_fake_quant))
+    model, batch = headed(nn.Conv2d(3, 8, 3), nn.ReLU6(), nn.Conv2d(8, 8, 3)), models.images(32)
+    opened = FXBackend().open(prepare_qat_fx(copy.deepcopy(model).train(), mapping, EXAMPLE))
+    models.observed(opened, batch, "minmax")
+    with torch.no_grad(), opened.phase(Phase.EVALUATE):
+        seen: list[Tensor] = []
+        (second,) = (each for name, each in opened.module.named_modules() if name == "2")
+        with_hook = second.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+        opened.module(batch)
+        with_hook.remove()
+    assert seen[0].min() >= 0
+
+
+def test_observers_of_our_mapping_keep_the_boundary_levels() -> None:
+    opened = FXBackend().open(
+        prepare_fx(models.trained(), qconfig_mapping(Scheme(activation_bits=4)), EXAMPLE)
+    )
+    levels = [each.quant_max for each in opened._quantizers() if not each.per_channel]
+    assert (levels[0], levels[-1], max(levels[1:-1])) == (255, 255, 15)
 
 
 def test_a_mean_that_keeps_its_batch_statistics_is_left_alone() -> None:
@@ -1139,16 +1172,18 @@ def headed(*layers: nn.Module) -> nn.Sequential:
 
 @pytest.mark.parametrize(
     "layers",
-    [[nn.Conv2d(3, 8, 3), nn.PReLU(8)], [nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect")]],
-    ids=["prelu", "reflected"],
+    [
+        [nn.Conv2d(3, 8, 3), nn.PReLU(8)],
+        [nn.Conv2d(3, 8, 3), nn.PReLU(8), nn.Conv2d(8, 8, 3)],
+        [nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect")],
+    ],
+    ids=["prelu", "prelu between layers", "reflected"],
 )
 def test_layers_with_rare_kernels_convert(layers: list[nn.Module]) -> None:
     """The one of PReLU is wrong on some CPUs, where it stays in float."""
     model, batch = headed(*layers), models.images(64)
     opened = FXBackend().open(FXBackend().prepare(model, models.SIZE, Scheme()))
-    assert (
-        not models.told(opened) or "1 stays in float: the integer kernel is wrong" in models.told(opened)[0]
-    )
+    assert not models.told(opened) or " stays in float: the integer kernel is wrong" in models.told(opened)[0]
     models.observed(opened, batch)
     converted = opened.convert()
     assert [each for each in converted.modules() if isinstance(each, nnq.Conv2d)]
@@ -1259,6 +1294,30 @@ def test_computed_weights_keep_their_levels(bits: int, monkeypatch: pytest.Monke
     nodes = len(opened.module.graph.nodes)
     opened.finish()
     assert len(opened.module.graph.nodes) == nodes  # nothing is put there twice
+
+
+class HalfTied(nn.Module):
+    """A quantized layer and one in float that share a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.one, self.other = (nn.Conv2d(i, 8, 3, padding=1) for i in (3, 8, 8))
+        self.other.weight, self.linear = self.one.weight, nn.Linear(8, models.CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.other(self.one(self.stem(x).relu()).relu()).relu()
+        return cast(Tensor, self.linear(x.mean((2, 3))))
+
+
+def test_a_layer_in_float_that_shares_a_weight_is_none_of_the_quantized() -> None:
+    mapping = qconfig_mapping(Scheme(weight_bits=4)).set_module_name("other", None)
+    opened = FXBackend().open(prepare_qat_fx(HalfTied().train(), mapping, EXAMPLE))
+    models.observed(opened, batch := models.images(16))
+    calls: list[tuple[int, int]] = []
+    round_weights(
+        opened, opened.reference(), batch, torch.Generator().manual_seed(0), lambda *each: calls.append(each)
+    )
+    assert calls == [(1, 3), (2, 3), (3, 3)]
 
 
 class Dilated(nn.Module):

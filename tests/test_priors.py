@@ -181,6 +181,7 @@ def test_priors_say_why_not() -> None:
     assert "no attention, normalisation or convolution" in str(PatchSimilarity().reason(linear))
     assert "no attention of several heads" in str(HeadSimilarity().reason(one_head))
     assert TotalVariation().reason(linear) is None
+    assert "one pixel" in str(TotalVariation().reason(Teacher(nn.Identity(), Facts((3, 1, 9), 5))))
     assert BNStatistics().reason(trained) is None
     assert len(trained.batch_norms) == 3
 

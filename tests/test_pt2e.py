@@ -877,3 +877,19 @@ def test_random_slopes_are_fixed_when_a_network_answers() -> None:
     opened = PT2EBackend().open(PT2EBackend().prepare(model.eval(), models.SIZE, Scheme()))
     with torch.no_grad(), opened.phase(Phase.FLOAT):
         torch.testing.assert_close(opened.module(batch), model(batch), rtol=1e-5, atol=1e-5)
+
+
+def test_a_users_module_keeps_its_name_in_the_float_model() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.conv2d_module = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(2))
+            self.linear = nn.Linear(3, models.CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return cast(Tensor, self.linear(self.conv2d_module(self.one(x).relu()).mean((2, 3))))
+
+    model, batch = Named().eval(), models.images(4)
+    opened = PT2EBackend().open(PT2EBackend().prepare(model, models.SIZE, Scheme()))
+    with torch.no_grad():
+        torch.testing.assert_close(opened.float_model()(batch), model(batch))

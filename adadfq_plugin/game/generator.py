@@ -78,7 +78,7 @@ class GeneratorPlayer:
         self.parameters = list(self.generator.parameters())
         self._falls = itertools.cycle(FALLS)
         self.skipped = 0
-        """Updates left out, for their gradients were not finite."""
+        """Updates left out, in part at least, for their gradients were not finite."""
         self.optimizer = torch.optim.Adam(
             self.parameters, lr=settings.generator_learning_rate, betas=(0.5, 0.999)
         )
@@ -160,7 +160,9 @@ class GeneratorPlayer:
             pixels = seen()
             valid = pixels + (self.generator.clip(pixels) - pixels).detach()  # clipped ones may come back
             loss, figures = self._recognised(prior, self.teacher(augment(valid, self._rng)), labels, LABEL)
-            (white.grad,) = torch.autograd.grad(loss, white)
+            (gradient,) = torch.autograd.grad(loss, white)
+            self.skipped += not bool(gradient.isfinite().all())
+            white.grad = gradient.nan_to_num(0.0, 0.0, 0.0)
             optimizer.step()
         return self.generator.clip(seen().detach()), figures
 

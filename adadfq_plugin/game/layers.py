@@ -64,10 +64,14 @@ class Layers(TorchFunctionMode):
             hooks.enter_context(self)
             yield
 
-    def _note(self, quantizer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        if isinstance(inputs[0], nn.Parameter):
-            assert isinstance(quantizer, LearnedQuantizer)
-            self._found[id(output)] = Layer(quantizer, inputs[0], weakref.ref(output))
+    def _note(self, quantizer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        if not isinstance(inputs[0], nn.Parameter):
+            return None
+        assert isinstance(quantizer, LearnedQuantizer)
+        if output is inputs[0]:  # unquantized, and layers in float may read the same parameter
+            output = output.view_as(output)
+        self._found[id(output)] = Layer(quantizer, inputs[0], weakref.ref(output))
+        return output
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

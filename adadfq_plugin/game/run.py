@@ -57,6 +57,7 @@ class Run:
         """Q with P's weights, where its activations count."""
         self.history = History()
         self.notes: list[str] = []
+        self.warnings: list[str] = []
         self.seconds: dict[str, float] = {}
         self._done: list[str] = []
         """How much of each phase there was, for the notes."""
@@ -214,10 +215,11 @@ class Run:
         self._done.append(f"{pace.step} of Q on {self.plan.batch_size} images each, {learner.rates}")
         self._tell(pace, "the training of Q")
         for name, skipped in (("Q", learner.skipped), ("G", player.skipped if player is not None else 0)):
-            if skipped:
-                self.notes.append(
-                    f"{skipped} updates of {name} were left out: their gradients were not finite"
-                )
+            said = f"{skipped} updates of {name} were left out: their gradients were not finite"
+            if 2 * skipped > pace.step and name == "Q":
+                self.warnings.append(f"{said}; Q has hardly been trained")
+            elif skipped:
+                self.notes.append(said)
 
     def _means(self) -> SteadyMeans | None:
         prepared = self.task.prepared
@@ -318,4 +320,4 @@ class Run:
             self.notes.append(f"what was run: {'; '.join(self._done)}")
         images, labels = self.pool.newest(self.plan.samples)
         samples = SyntheticDataset(images, labels, self.task.teacher.facts, provenance)
-        return Outcome(samples, self.history, self.notes, self.seconds)
+        return Outcome(samples, self.history, self.notes, self.seconds, self.warnings)

@@ -31,7 +31,9 @@ def absorb_clamps(model: GraphModule) -> None:
     """
     for node in list(model.graph.nodes):
         quantizer = _quantizer(model, node)
-        if quantizer is None or len(node.users) != 1:
+        if (
+            quantizer is None or quantizer.symmetric or len(node.users) != 1
+        ):  # symmetric ones have levels below 0
             continue
         (clamp,) = node.users
         bounds = _bounds(model, clamp)

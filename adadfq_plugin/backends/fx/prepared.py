@@ -118,9 +118,9 @@ class FXPrepared:
             self._learn_quantizers()
             absorb_clamps(self.module)
             self.lowest_bits = min((quantizer.bits for quantizer in self._quantizers()), default=8)
-            self._widen_boundary()
-            self._mark_averages()
             self._note_rounded_terms()
+        self._widen_boundary()
+        self._mark_averages()
         if not self._calibrated:  # its ranges go with its levels
             self._fit_kernels()
         self._refuse_nothing_quantized()

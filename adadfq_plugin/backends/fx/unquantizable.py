@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.ao.quantization import QConfigMapping
 
 from adadfq_plugin.backends.fx.calls import in_float
-from adadfq_plugin.backends.fx.graphs import separate_calls
+from adadfq_plugin.backends.fx.graphs import module_of, separate_calls
 from adadfq_plugin.backends.fx.levels import has_fixed_levels
 from adadfq_plugin.backends.fx.traceable import KEPT_ATTRIBUTES
 from adadfq_plugin.backends.fx.trial import COPIES, JOINING, CallSite, numbered, trial
@@ -25,6 +25,7 @@ from adadfq_plugin.facts import SIZE
 __all__ = ["leave_in_float", "unquantizable"]
 
 _MAX_TRIALS = 20
+PRELU = "torch.nn.functional.prelu"
 _ARITHMETIC = (operator.add, operator.sub, operator.mul, torch.add, torch.sub, torch.mul)
 _SHARING = (operator.add, operator.mul, torch.add, torch.mul)
 """What torch.ao quantizes with a number as well, and then at the levels of its one tensor."""
@@ -166,6 +167,13 @@ def _without(
     for node, target, index in numbered(graph):
         if node.op != "call_module" and {(node.op, target, None), (node.op, target, index)} & hidden:
             node.op, node.target, node.args = "call_function", in_float, (target, *node.args)
+            node.meta["is_wrapped"] = True
+    for node in list(graph.nodes):
+        module = module_of(result, node)
+        if isinstance(module, nn.PReLU) and node.target in in_float_modules:  # lowered whatever its qconfig
+            with graph.inserting_before(node):
+                weight = graph.get_attr(f"{node.target}.weight")
+            node.op, node.target, node.args = "call_function", in_float, (PRELU, node.args[0], weight)
             node.meta["is_wrapped"] = True
     result.recompile()
     return result, mapping

@@ -258,6 +258,8 @@ def float_copy(prepared: GraphModule) -> GraphModule:
         module = _as_module(model, node, absorbed)
         if module is not None:
             name = f"{node.name}_module"
+            while hasattr(model, name):  # a user's own
+                name += "_"
             model.add_module(name, module.eval())
             with graph.inserting_before(node):
                 call = graph.call_module(name, (node.args[0],))
