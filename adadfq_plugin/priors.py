@@ -63,7 +63,8 @@ class BNStatistics:
 
     Args:
         relative: measure each channel in units of its own running deviation, so that no channel or layer
-            outweighs the others: :math:`((\mu - \hat\mu) / \hat\sigma)^2 + (\sigma / \hat\sigma - 1)^2`.
+            outweighs the others: :math:`((\mu - \hat\mu) / \hat\sigma)^2 + (\sigma / \hat\sigma - 1)^2`, with the
+            layer's epsilon in the variance of both, as it divides by them.
             False is the paper's loss, in the activations' own units.
     """
 
@@ -116,13 +117,14 @@ class _Targets:
         names: of the layers.
         means: running means.
         variances: running variances; 1 in relative units.
-        units: the means and deviations (channels of all layers,) that relative statistics are measured by.
+        units: what relative statistics are measured by (channels of all layers,): the means, the layers' epsilons, and
+            the variances with these.
     """
 
     names: list[str]
     means: list[Tensor]
     variances: list[Tensor]
-    units: tuple[Tensor, Tensor] | None
+    units: tuple[Tensor, Tensor, Tensor] | None
 
     @classmethod
     def of(cls, layers: Mapping[str, nn.Module], relative: bool) -> _Targets:
@@ -130,16 +132,20 @@ class _Targets:
         variances = [cast(Tensor, layer.running_var) for layer in layers.values()]
         if not relative:
             return cls(list(layers), means, variances, None)
-        eps = [cast(float, layer.eps) for layer in layers.values()]
-        deviations = [(each + small).sqrt() for each, small in zip(variances, eps, strict=True)]
-        units = torch.cat(means), torch.cat(deviations)
+        eps = torch.cat(
+            [
+                torch.full_like(each, max(cast(float, layer.eps), SMALLEST))
+                for each, layer in zip(variances, layers.values(), strict=True)
+            ]
+        )
+        units = torch.cat(means), eps, torch.cat(variances) + eps
         return cls(list(layers), [*map(torch.zeros_like, means)], [*map(torch.ones_like, means)], units)
 
     def loss(self, means: Tensor, variances: Tensor) -> Tensor:
         """The loss of a batch's statistics (channels of all layers,)."""
         if self.units is not None:
-            middle, unit = self.units
-            means, variances = (means - middle) / unit, (variances + SMALLEST).sqrt() / unit
+            middle, eps, unit = self.units
+            means, variances = (means - middle) / unit.sqrt(), ((variances + eps) / unit).sqrt()
         sizes = [len(each) for each in self.means]
         return bn_statistics_loss(means.split(sizes), variances.split(sizes), self.means, self.variances)
 

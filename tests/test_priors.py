@@ -33,10 +33,14 @@ pytestmark = pytest.mark.usefixtures("seeded")
 FACTS = Facts(models.SIZE, num_classes=5)
 
 
-def test_statistics_prior_is_zero_on_its_own_statistics() -> None:
+@pytest.mark.parametrize("scale", [1.0, 1e-2])
+def test_statistics_prior_is_zero_on_its_own_statistics(scale: float) -> None:
+    """Also where the variance is no larger than the epsilon."""
     model = models.trained()
     batch = models.images(64)
     model.train()
+    with torch.no_grad():
+        model.conv1.weight.mul_(scale)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0
@@ -58,7 +62,7 @@ def test_relative_statistics_against_numpy() -> None:
     bn, x = model.bn1, model.conv1(batch).detach().double().numpy()
     mean, deviation = bn.running_mean.double().numpy(), (bn.running_var.double().numpy() + bn.eps) ** 0.5
     expected = (((x.mean((0, 2, 3)) - mean) / deviation) ** 2).mean()
-    expected += ((x.std((0, 2, 3)) / deviation - 1) ** 2).mean()
+    expected += (((x.var((0, 2, 3)) + bn.eps) ** 0.5 / deviation - 1) ** 2).mean()
     first = nn.Sequential(model.conv1, bn)
     with torch.no_grad(), BNStatistics().watch(Teacher(first, FACTS)) as loss:
         first(batch)
