@@ -131,9 +131,8 @@ def backend_of(model: nn.Module, name: str | None) -> Backend:
     if name not in (None, AUTO):
         return _BACKENDS.get(name)
     for candidate in _in_turn():
-        with suppress(
-            Exception
-        ):  # without torchao there is no model of torchao, and strangers may fail in any way
+        # without torchao there is no model of torchao, and strangers may fail in any way
+        with suppress(Exception):
             backend = _BACKENDS.get(candidate)
             if backend.recognises(model):
                 return backend

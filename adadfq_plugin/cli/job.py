@@ -182,9 +182,8 @@ def evaluate(plan: Plan, images: Images, bars: Bars) -> Accuracy:
     folder = Path(plan.network.name)
     model: Logits
     told = sorted(plan.network.model_fields_set - {"name"})
-    if folder.is_dir() and (
-        not told or (folder / REPORT_FILE).is_file()
-    ):  # else a network of timm by that name
+    # a folder that isn't ours may have the name of a network, of which more is told
+    if folder.is_dir() and (not told or (folder / REPORT_FILE).is_file()):
         if told:
             raise SettingsError(
                 f"{folder} is what 'adadfq quantize' wrote; it knows --{told[0].replace('_', '-')}"

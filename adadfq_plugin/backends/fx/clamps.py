@@ -31,9 +31,8 @@ def absorb_clamps(model: GraphModule) -> None:
     """
     for node in list(model.graph.nodes):
         quantizer = _quantizer(model, node)
-        if (
-            quantizer is None or quantizer.symmetric or len(node.users) != 1
-        ):  # symmetric ones have levels below 0
+        # the lowest level of a symmetric one lies below every bound
+        if quantizer is None or quantizer.symmetric or len(node.users) != 1:
             continue
         (clamp,) = node.users
         bounds = _bounds(model, clamp)
