@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from numbers import Integral
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from adadfq_plugin.config import nearest
@@ -22,22 +20,14 @@ from adadfq_plugin.hooks import fork_rng
 from adadfq_plugin.labelled import LabelledImages, ValidationLoader
 
 __all__ = [
-    "architectures",
-    "count_parameters",
     "crop_mode",
     "facts",
-    "families",
-    "family_of",
     "load_model",
-    "smallest_architecture",
-    "smallest_model",
     "validation_loader",
 ]
 
 UNREAD = (".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2", ".avif", ".heic")
 """Suffixes of images that timm's reader passes over."""
-_SMALL_SIDES = (96, 112, 126, 128, 192)
-"""Multiples of 32 or 16, and of 14 for patches of that size."""
 
 
 def load_model(
@@ -221,94 +211,6 @@ def crop_mode(model: nn.Module) -> str:
     return str(dict(getattr(model, "pretrained_cfg", None) or {}).get("crop_mode") or "center")
 
 
-def families() -> list[str]:
-    """Return the names of timm's model modules that have registered architectures, sorted."""
-    import timm
-
-    return sorted(family for family in timm.list_modules() if timm.list_models(module=family))
-
-
-def architectures() -> list[str]:
-    """Return the names of timm's architectures, without its own test architectures (``test_*``), sorted."""
-    import timm
-
-    return [name for name in sorted(timm.list_models()) if not name.startswith("test_")]
-
-
-def family_of(name: str) -> str:
-    """Return the family of an architecture: the name of the module that registers it."""
-    import timm
-
-    return timm.model_entrypoint(name).__module__.rpartition(".")[2]
-
-
-def count_parameters(name: str) -> int:
-    """Return the number of an architecture's parameters; it is built without memory for them."""
-    import timm
-
-    with torch.device("meta"):
-        model = timm.create_model(name, pretrained=False)
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def smallest_architecture(family: str) -> tuple[str, int]:
-    """Return the architecture of a family with the fewest parameters, and their number.
-
-    timm's own test architectures (``test_*``) do not count. The models are built without memory for their weights.
-
-    Args:
-        family: One of `families`.
-
-    Raises:
-        ValueError: No architecture of the family can be built.
-    """
-    import timm
-
-    sizes: dict[str, int] = {}
-    for name in timm.list_models(module=family):
-        if name.startswith("test_"):
-            continue
-        with suppress(Exception):  # some architectures need weights or optional packages to be built
-            sizes[name] = count_parameters(name)
-    if not sizes:
-        raise ValueError(f"no architecture of timm's family {family!r} can be built")
-    name = min(sizes, key=lambda key: (sizes[key], key))
-    return name, sizes[name]
-
-
-@torch.no_grad()
-def smallest_model(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
-    """Return an architecture with random weights, in eval mode, and the smallest of a few input sizes it runs with.
-
-    Args:
-        name: One of `architectures`. Where its input size is fixed, it is built for a smaller one, if timm can.
-
-    Raises:
-        Exception: The model doesn't even run with the size that it is meant for; whatever it raises.
-    """
-    import timm
-
-    def built(**arguments: Any) -> nn.Module:
-        with fork_rng(0):
-            made: nn.Module = timm.create_model(name, pretrained=False, **arguments)
-        return made.eval()
-
-    model = built()
-    config = dict(getattr(model, "pretrained_cfg", None) or {})
-    channels, height, width = cast(tuple[int, int, int], config.get("input_size") or (3, 224, 224))
-    for side in _SMALL_SIDES:
-        if side >= min(height, width):
-            break
-        try:
-            smaller = built(img_size=side) if config.get("fixed_input_size") else model
-            smaller(torch.zeros(2, channels, side, side))
-        except Exception:  # too small for this architecture, or it can't be built for another size
-            continue
-        return smaller, (channels, side, side)
-    model(torch.zeros(2, channels, height, width))
-    return model, (channels, height, width)
-
-
 def validation_loader(
     folder: str | Path,
     facts: Facts,
@@ -350,24 +252,10 @@ def validation_loader(
         else:
             classes = f"classes as {class_map} lists them"
             indices = data.readers.class_map.load_class_map(str(class_map), str(folder))
-            unlisted = sorted(reader.class_to_idx.keys() - indices.keys())
-            if unlisted:
-                raise DataError(
-                    f"class map {class_map} doesn't list {unlisted[0]!r}, a sub-folder of {folder}: its images would "
-                    "not be counted; list it, or move it away"
-                )
+        _refuse_uncounted(folder, reader, indices, facts.num_classes)
         reader = data.create_dataset("", root=str(folder), class_map=indices).reader
     except (RuntimeError, AssertionError, OSError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise DataError(f"{folder}: {first_line(error)}") from error
-    for path, index in reader.samples:
-        if not isinstance(index, Integral) or not 0 <= int(index) < facts.num_classes:
-            raise DataError(f"{path}: is of class {index!r}, the network has {facts.num_classes} classes")
-    unread = sorted(each for each in Path(reader.root).rglob("*") if each.suffix.lower() in UNREAD)
-    if unread:
-        raise DataError(
-            f"{len(unread)} images of {folder} would not be counted, {unread[0].name} the first: timm reads "
-            f"{' '.join(data.readers.get_img_extensions())}; convert them, or move them away"
-        )
     transform = data.create_transform(
         facts.input_size,
         interpolation=facts.interpolation,
@@ -378,6 +266,27 @@ def validation_loader(
     )
     images = LabelledImages(reader, mode, transform)
     return ValidationLoader(images, len(images), batch_size, workers, classes)
+
+
+def _refuse_uncounted(folder: Path, reader: Any, indices: Mapping[str, Any], num_classes: int) -> None:
+    """Refuses images that no class of the network is for, or that timm passes over: no figure would count them."""
+    for name in sorted(reader.class_to_idx):
+        if name not in indices:
+            raise DataError(
+                f"the class map doesn't list {name!r}, a sub-folder of {folder}: its images would not be counted; "
+                "list it, or move it away"
+            )
+        index = indices[name]
+        if not isinstance(index, Integral) or not 0 <= int(index) < num_classes:
+            raise DataError(
+                f"{folder}: sub-folder {name!r} is of class {index!r}, the network has {num_classes} classes"
+            )
+    unread = sorted(each for each in Path(reader.root).rglob("*") if each.suffix.lower() in UNREAD)
+    if unread:
+        raise DataError(
+            f"{len(unread)} images of {folder} would not be counted, {unread[0].name} the first: timm reads "
+            f"{' '.join(_timm_data().readers.get_img_extensions())}; convert them, or move them away"
+        )
 
 
 def _class_indices(

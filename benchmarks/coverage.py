@@ -26,12 +26,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from architectures import (
+    architectures,
+    count_parameters,
+    families,
+    family_of,
+    smallest_architecture,
+    smallest_model,
+)
 from coverage_table import AGREES, BACKENDS, LEAST, MOST, SECONDS, TABLE, Row, shown, write_table
 from networks import random_images, settle
 from torch import Tensor, fx, nn
 
 import adadfq_plugin
-from adadfq_plugin import api, zoo
+from adadfq_plugin import api
 from adadfq_plugin.backends.pt2e import compiled
 from adadfq_plugin.errors import AdaDFQError
 from adadfq_plugin.fake_quantize import LearnedQuantizer, switched
@@ -65,7 +73,7 @@ def run_one(row: Row) -> None:
 def fill(row: Row) -> None:
     """Take the row's architecture through the path and write what comes out of it into the row."""
     row["stage"] = "create"
-    model, size = zoo.smallest_model(row["model"])
+    model, size = smallest_model(row["model"])
     frozen = copy.deepcopy(model).requires_grad_(False)
     row |= {"input_size": list(size), "multiply_adds": multiply_adds(frozen, size)}
     if "as_initialised" not in row:
@@ -200,9 +208,9 @@ def run_in_process(row: Row, connection: Connection, gibibytes: int) -> None:
     torch.set_num_threads(1)
     try:
         if "model" not in row:
-            row["model"], row["parameters"] = zoo.smallest_architecture(row["family"])
+            row["model"], row["parameters"] = smallest_architecture(row["family"])
         elif "parameters" not in row:
-            row["parameters"] = zoo.count_parameters(row["model"])
+            row["parameters"] = count_parameters(row["model"])
         if COPIES * 4 * row["parameters"] > gibibytes << 30:
             row |= {"traced": False, "passed": False, "reason": too_large(row["parameters"], gibibytes)}
         else:
@@ -266,7 +274,7 @@ def main() -> None:
     def start(name: str) -> Row:
         row: Row = {"backend": options.backend}
         if options.all:
-            row |= {"model": name, "family": zoo.family_of(name)}
+            row |= {"model": name, "family": family_of(name)}
         else:
             row["family"] = name
         # the search for the smallest architecture is slow, and its outcome does not change
@@ -282,7 +290,7 @@ def main() -> None:
     def is_done(row: Row) -> bool:
         return "images" in row or row.get("passed") is False
 
-    names = zoo.architectures() if options.all else zoo.families()
+    names = architectures() if options.all else families()
     todo = options.names or [name for name in names if not is_done(row_of(name, options.backend))]
     # what takes long to import is imported once, not for each process
     packages = ["timm", "torch._dynamo", "adadfq_plugin.backends.fx", "adadfq_plugin.backends.pt2e"]

