@@ -27,7 +27,7 @@ from adadfq_plugin.config import Scheme, Settings
 from adadfq_plugin.contracts import Outcome, Progress, Task
 from adadfq_plugin.dataset import SyntheticDataset
 from adadfq_plugin.errors import BrokenPluginError, SettingsError
-from adadfq_plugin.facts import device_of, find_facts
+from adadfq_plugin.facts import Facts, device_of, find_facts
 from adadfq_plugin.hooks import fork_rng, module_modes, plain_tensors
 from adadfq_plugin.refusals import checked_run, refuse_other_modules
 from adadfq_plugin.results import Evaluation, Result
@@ -76,11 +76,16 @@ def prepare(
         ModelError: a model that can't be prepared, with the reason.
     """
     refuse_other_modules(model)
-    with module_modes(model, False), fork_rng(0, device_of(model)):
-        refuse_nan(model, buffers=True)
-        facts = find_facts(model, input_size=input_size)
-    with fork_rng(0):  # toolkits initialise the modules that they build, to no effect
+    with fork_rng(0, device_of(model)):  # toolkits initialise the modules that they build, to no effect
+        facts = _facts_of(model, input_size=input_size)
         return prepare_with(model, facts, scheme_of(scheme), backend)[0]
+
+
+def _facts_of(model: nn.Module, **told: Any) -> Facts:
+    """The facts of a float model that is about to be prepared."""
+    with module_modes(model, False):
+        refuse_nan(model, buffers=True)
+        return find_facts(model, **told)
 
 
 @plain_tensors()
@@ -132,51 +137,50 @@ def calibrate(
     """
     chosen = methods().get(method)
     made = method_settings(chosen, settings, preset)
-    for model in (prepared,) if teacher is None else (prepared, teacher):
+    networks = (prepared,) if teacher is None else (prepared, teacher)
+    for model in networks:
         refuse_other_modules(model)
     seed, asked = checked_run(made, minutes, seed, device)
     where = asked or device_of(prepared)
-    toolkit = backend_of(prepared, backend)
-    with fork_rng(seed):
+    with fork_rng(seed, where, *map(device_of, networks)), torch.enable_grad():
+        toolkit = backend_of(prepared, backend)
         opened = toolkit.open(prepared)
-    refuse_nan(opened.module)
-    source = teacher if teacher is not None else opened.float_model()
-    with module_modes(source, False), fork_rng(seed, device_of(source)):
-        facts = find_facts(
-            source,
-            relatives=(prepared, opened.module),
-            example_inputs=example_inputs,
-            input_size=input_size,
-            num_classes=num_classes,
-            mean=mean,
-            std=std,
-        )
-    told: list[str] = []
+        refuse_nan(opened.module)
+        source = teacher if teacher is not None else opened.float_model()
+        with module_modes(source, False):
+            facts = find_facts(
+                source,
+                relatives=(prepared, opened.module),
+                example_inputs=example_inputs,
+                input_size=input_size,
+                num_classes=num_classes,
+                mean=mean,
+                std=std,
+            )
+        told: list[str] = []
 
-    def tell(sentence: str, advice: str = "") -> None:
-        if sentence:
-            told.append(sentence)
-            # the caller's line, behind this function, calibrate and plain_tensors
-            warnings.warn(f"adadfq_plugin: {sentence}{advice}", UserWarning, stacklevel=4)
+        def tell(sentence: str, advice: str = "") -> None:
+            if sentence:
+                told.append(sentence)
+                # the caller's line, behind this function, calibrate and plain_tensors
+                warnings.warn(f"adadfq_plugin: {sentence}{advice}", UserWarning, stacklevel=4)
 
-    tell(facts.guessed, "; pass them by keyword")
-    if opened.trainable and not opened.weights():
-        tell(
-            "no weight of the prepared model requires a gradient, so that none is rounded anew or trained",
-            "; call requires_grad_() on it where they may be",
-        )
-    with fork_rng(seed, where):
+        tell(facts.guessed, "; pass them by keyword")
+        if opened.trainable and not opened.weights():
+            tell(
+                "no weight of the prepared model requires a gradient, so that none is rounded anew or trained",
+                "; call requires_grad_() on it where they may be",
+            )
         frozen = make_teacher(source, facts, device=where)
-    if frozen.channels_last:
-        opened.module.to(memory_format=torch.channels_last)
-    opened.module.to(where)
-    with fork_rng(seed, where):
+        if frozen.channels_last:
+            opened.module.to(memory_format=torch.channels_last)
+        opened.module.to(where)
         comparison.refuse_random(frozen)
         comparison.refuse_inconvertible(frozen, opened)
-    tell(comparison.not_the_teacher(frozen, opened, own=teacher is None))
-    with fork_rng(seed, where), torch.enable_grad():
+        tell(comparison.not_the_teacher(frozen, opened, own=teacher is None))
         task = Task(frozen, opened, made, seed, where, progress or _silent, minutes)
-        outcome = chosen.calibrate(task)
+        with fork_rng(seed, where):  # the method's own draws, whatever was drawn before
+            outcome = chosen.calibrate(task)
         if not isinstance(outcome, Outcome):
             raise BrokenPluginError(
                 f"method {method!r} returned {type(outcome).__name__}, not adadfq_plugin.contracts.Outcome"
@@ -242,30 +246,27 @@ def quantize(
     widths = scheme_of(scheme)
     made = method_settings(methods().get(method), settings, preset)  # refuse before any work
     seed, _ = checked_run(made, minutes, seed, device)
-    with module_modes(model, False), fork_rng(seed, device_of(model)):
-        refuse_nan(model, buffers=True)
-        facts = find_facts(model, input_size=input_size, num_classes=num_classes, mean=mean, std=std)
-    with fork_rng(seed):
+    with fork_rng(seed, device_of(model)):
+        facts = _facts_of(model, input_size=input_size, num_classes=num_classes, mean=mean, std=std)
         prepared, toolkit = prepare_with(model, facts, widths, backend)
-    result = calibrate(
-        prepared,
-        teacher=model,
-        input_size=input_size,
-        num_classes=num_classes,
-        mean=mean,
-        std=std,
-        method=method,
-        settings=settings,
-        preset=preset,
-        minutes=minutes,
-        seed=seed,
-        device=device,
-        backend=toolkit.name,
-        progress=progress,
-    )
-    with fork_rng(seed):
+        result = calibrate(
+            prepared,
+            teacher=model,
+            input_size=input_size,
+            num_classes=num_classes,
+            mean=mean,
+            std=std,
+            method=method,
+            settings=settings,
+            preset=preset,
+            minutes=minutes,
+            seed=seed,
+            device=device,
+            backend=toolkit.name,
+            progress=progress,
+        )
         converted = toolkit.open(result.prepared).convert()
-    integer = toolkit.integer_macs(converted, torch.zeros(2, *facts.input_size))
+        integer = toolkit.integer_macs(converted, torch.zeros(2, *facts.input_size))
     return replace(result, scheme=widths, integer_macs=integer, quantized=converted)
 
 

@@ -303,15 +303,15 @@ def unfrozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def fork_rng(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
+def fork_rng(seed: int, *devices: torch.device | str) -> Iterator[None]:
     """Draw from freshly seeded global generators; leave the caller's random streams as if nothing was drawn.
 
-    Seeded, and restored afterwards, are torch's CPU generator, the generator of ``device`` where it is an
-    accelerator, :mod:`random` and ``numpy.random``. Generators of other accelerators are not touched.
+    Seeded, and restored afterwards, are torch's CPU generator, those of ``devices`` that are accelerators,
+    :mod:`random` and ``numpy.random``. Generators of other accelerators are not touched.
 
     Args:
         seed: Any integer in [0, 2**64); NumPy gets its lower 32 bits.
-        device: The device whose generator takes part: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``.
+        *devices: Devices whose generators take part beside the CPU's: ``"cuda"``, ``"cuda:1"``, ``"mps"``.
 
     Yields:
         Nothing.
@@ -332,13 +332,15 @@ def fork_rng(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed must be in [0, 2**64); got {seed}")
     generators = [torch.default_generator]
-    device = torch.device(device)
-    if device.type == "cuda":
-        # Asked for in any case: this starts CUDA, and before that there are no generators.
-        current = torch.cuda.current_device()
-        generators.append(torch.cuda.default_generators[current if device.index is None else device.index])
-    elif device.type == "mps":
-        generators.append(torch.mps._get_default_mps_generator())
+    for device in map(torch.device, devices):
+        if device.type == "cuda":
+            # Asked for in any case: this starts CUDA, and before that there are no generators.
+            current = torch.cuda.current_device()
+            generators.append(
+                torch.cuda.default_generators[current if device.index is None else device.index]
+            )
+        elif device.type == "mps":
+            generators.append(torch.mps._get_default_mps_generator())
     torch_states = [generator.get_state() for generator in generators]
     random_state, numpy_state = random.getstate(), np.random.get_state()
     try:
