@@ -77,11 +77,15 @@ class GeneratorPlayer:
             self.generator.to(memory_format=torch.channels_last)
         self.parameters = list(self.generator.parameters())
         self._falls = itertools.cycle(FALLS)
-        self.skipped = 0
-        """Updates left out, in part at least, for their gradients were not finite."""
+        self._skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.optimizer = torch.optim.Adam(
             self.parameters, lr=settings.generator_learning_rate, betas=(0.5, 0.999)
         )
+
+    @property
+    def skipped(self) -> int:
+        """Updates left out, in part at least, for their gradients were not finite."""
+        return int(self._skipped)
 
     @contextmanager
     def watching(self) -> Iterator[Callable[[], Tensor]]:
@@ -111,7 +115,7 @@ class GeneratorPlayer:
         images, labels = self.make()
         loss, figures = self._recognised(prior, self.teacher(images), labels)
         self._step(torch.autograd.grad(loss, self.parameters), pace.fraction)
-        return figures
+        return _numbers(figures)
 
     def kept(
         self,
@@ -151,7 +155,7 @@ class GeneratorPlayer:
         def seen() -> Tensor:
             return facts.from_standard(coloured(white, fall))
 
-        figures: dict[str, float] = {}
+        figures: dict[str, Tensor] = {}
         reach = facts.to_standard(self.generator.highest) - facts.to_standard(self.generator.lowest)
         rate = self.settings.refine_rate * reach.mean().item()
         optimizer = torch.optim.Adam([white], lr=rate, betas=(0.5, 0.999))
@@ -161,16 +165,16 @@ class GeneratorPlayer:
             valid = pixels + (self.generator.clip(pixels) - pixels).detach()  # clipped ones may come back
             loss, figures = self._recognised(prior, self.teacher(augment(valid, self._rng)), labels, LABEL)
             (gradient,) = torch.autograd.grad(loss, white)
-            self.skipped += not bool(gradient.isfinite().all())
+            self._skipped += ~gradient.isfinite().all()
             white.grad = gradient.nan_to_num(0.0, 0.0, 0.0)
             optimizer.step()
-        return self.generator.clip(seen().detach()), figures
+        return self.generator.clip(seen().detach()), _numbers(figures)
 
     def _recognised(
         self, prior: Callable[[], Tensor], z_p: Tensor, labels: Tensor, weight: float = 1.0
-    ) -> tuple[Tensor, dict[str, float]]:
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         classification, statistics = nn.functional.cross_entropy(z_p, labels), prior()
-        figures = {"prior": statistics.item(), "cross_entropy": classification.item()}
+        figures = {"prior": statistics.detach(), "cross_entropy": classification.detach()}
         return statistics + weight * classification, figures
 
     def play(
@@ -213,7 +217,7 @@ class GeneratorPlayer:
 
     def _apply(self, gradients: list[Tensor], rate: float) -> None:
         if not bool(torch.isfinite(nn.utils.get_total_norm(gradients))):  # as Q's may be
-            self.skipped += 1
+            self._skipped += 1
             return
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.generator_learning_rate * rate
@@ -221,3 +225,8 @@ class GeneratorPlayer:
             parameter.grad = gradient
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+
+def _numbers(figures: Mapping[str, Tensor]) -> dict[str, float]:
+    """Figures as Python's numbers, for which a GPU has to be waited for."""
+    return {name: value.item() for name, value in figures.items()}
