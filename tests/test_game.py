@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -347,6 +348,23 @@ def test_a_batch_of_the_game_takes_no_more_steps_than_time_left_the_others(
     assert max(paces["samples"]) < run.plan.refine
     assert paces["game"] == [min(paces["samples"])] * len(paces["game"])
     assert paces["game"]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8, 12])
+def test_images_of_both_kinds_are_kept_from_training(size: int) -> None:
+    settings = AdaDFQSettings(samples=64, batch_size=8, latent_dim=8, generator_width=16)
+    prepared = FXPrepared(models.prepared(4))
+    run = Run(Task(models.teacher(), prepared, settings, 0, torch.device("cpu"), lambda *_: None, None))
+    batches = itertools.count()
+
+    def draw() -> tuple[Tensor, Tensor, dict[str, float]]:
+        kind = float(next(batches) % 2)  # batches are refined in two ways by turns
+        return torch.full((size, 3, 8, 8), kind), torch.zeros(size, dtype=torch.int64), {}
+
+    run.fill(draw)
+    kinds = run.held_out[:, 0, 0, 0].tolist()
+    assert len(kinds) in (9, 10)
+    assert 4 <= sum(kinds) <= 5
 
 
 def test_the_best_state_comes_back() -> None:

@@ -118,8 +118,10 @@ class Run:
             while len(self.pool) < self.plan.samples:
                 images, labels, figures = draw()
                 drawn += len(images)
-                number = torch.arange(drawn - len(images), drawn) + 1
-                learned = (number % KEPT_OUT > 0) | (not judged)
+                number = torch.arange(drawn - len(images), drawn)
+                # images of small batches, which are refined in two ways by turns, are to be of both
+                turn = number // KEPT_OUT % 2 * len(images)
+                learned = ((number + 1 + turn) % KEPT_OUT > 0) | (not judged)
                 apart.append(images[~learned])
                 missing = self.plan.samples - len(self.pool)
                 self.pool.add(images[learned][:missing], labels[learned][:missing])
