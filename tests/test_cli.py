@@ -210,6 +210,32 @@ def test_synthesize(given: Given, tmp_path: Path, form: str) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [form]
 
 
+def test_a_file_that_appears_during_the_run_is_not_replaced(
+    given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, original = tmp_path / "set.npz", api.synthesize
+
+    def meanwhile(*args: Any, **arguments: Any) -> SyntheticDataset:
+        file.write_text("another's")
+        return original(*args, **arguments)
+
+    monkeypatch.setattr(api, "synthesize", meanwhile)
+    refused(
+        5,
+        r"set\.npz exists",
+        "synthesize",
+        *given.bare,
+        *GENERATOR,
+        "--method",
+        "bn_stats",
+        "-n",
+        2,
+        "-o",
+        file,
+    )
+    assert file.read_text() == "another's"
+
+
 def test_methods_and_their_presets() -> None:
     ended = adadfq("methods")
     assert ended.code == 0
@@ -427,8 +453,10 @@ def test_what_was_given_comes_back_from_the_settings(tmp_path: Path, monkeypatch
     again = plan({"name": ""}, Path("settings.toml")).network
     assert again.model_kwargs == kwargs
     assert again.checkpoint == str(tmp_path / "net.pt")
-    local = plan({"name": "local-dir:here"}, None).network
-    assert local.told() == {"name": f"local-dir:{tmp_path}/here"}
+    for source in ("local-dir", "Local-Dir"):
+        local = plan({"name": f"{source}:here"}, None).network
+        assert local.told() == {"name": f"local-dir:{tmp_path}/here"}
+    assert plan({"name": "hf-hub:local-dir:here"}, None).network.folder is None
 
 
 def test_a_path_that_is_no_text_is_refused_or_shown(given: Given, tmp_path: Path) -> None:

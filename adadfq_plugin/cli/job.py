@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from adadfq_plugin import api, zoo
-from adadfq_plugin.cli.options import LOCAL, Network, Plan
+from adadfq_plugin.cli.options import Network, Plan
 from adadfq_plugin.cli.progress import Bars
 from adadfq_plugin.config import Settings, to_toml
 from adadfq_plugin.contracts import Backend
@@ -101,7 +101,8 @@ def quantize(plan: Plan, output: Path, images: Images | None, *, force: bool, ba
     checked_run(settings, plan.run.minutes, plan.run.seed, plan.run.device)
     if plan.run.backend != api.AUTO:
         api.backends().get(plan.run.backend)
-    check_folder(output, replace=REPORT_FILE if force else None)
+    replaced = REPORT_FILE if force else None
+    check_folder(output, replace=replaced)
     _refuse_inputs_in(output, plan, images)
     written = _settings(plan, settings)
     bars("load", 0, 1, {})
@@ -127,7 +128,7 @@ def quantize(plan: Plan, output: Path, images: Images | None, *, force: bool, ba
     told += result.warnings
     latency = _latency(model, converted, example, bars)
     bars("write", 0, 1, {})
-    with atomic_folder(output, replace=REPORT_FILE if force else None) as folder:
+    with atomic_folder(output, replace=replaced) as folder:
         told += _save(backend, converted, example, folder / model_file, output)
         samples.save(folder / SAMPLES_FILE)
         (folder / SETTINGS_FILE).write_text(written, encoding="utf-8")
@@ -165,16 +166,21 @@ def quantize(plan: Plan, output: Path, images: Images | None, *, force: bool, ba
 def synthesize(plan: Plan, output: Path, count: int, *, force: bool, bars: Bars) -> SyntheticDataset:
     """The whole of ``adadfq synthesize``: ``output`` is complete when it returns, or wasn't touched."""
     api.method_settings(api.methods().get(plan.run.method), plan.settings, plan.run.preset)
-    if output.is_file() and not force:
-        raise OutputError(f"{output} exists (--force replaces it)")
+    _refuse_file(output, force)
     SyntheticDataset.check_path(output, replace=force)
     bars("load", 0, 1, {})
     model, facts, _ = load(plan.network)
     bars("load", 1, 1, {})
     SyntheticDataset.check_path(output, replace=force, channels=facts.input_size[0])
     samples = _signed(api.synthesize(model, count, **_arguments(plan, facts, bars)), plan, facts)
+    _refuse_file(output, force)  # it may have appeared meanwhile
     samples.save(output, replace=force)
     return samples
+
+
+def _refuse_file(output: Path, force: bool) -> None:
+    if output.is_file() and not force:
+        raise OutputError(f"{output} exists (--force replaces it)")
 
 
 def evaluate(plan: Plan, images: Images, bars: Bars) -> Accuracy:
@@ -244,12 +250,11 @@ def _float_bytes(model: nn.Module) -> int:
 
 def _refuse_inputs_in(output: Path, plan: Plan, images: Images | None) -> None:
     """Refuses to put the results in the place of what they are made from."""
-    local = plan.network.name.startswith(LOCAL)
     inputs = {
         "--checkpoint": plan.network.checkpoint,
         "--val": None if images is None else images.folder,
         "--class-map": None if images is None else images.class_map,
-        "the network": plan.network.name.removeprefix(LOCAL) if local else None,
+        "the network": plan.network.folder,
     }
     for what, path in inputs.items():
         if path is not None and Path(path).resolve().is_relative_to(output.resolve()):

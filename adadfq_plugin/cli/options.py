@@ -19,7 +19,6 @@ __all__ = ["Command", "Network", "Plan", "Run", "fields_as_options", "option", "
 
 CallableT = TypeVar("CallableT", bound=Callable[..., Any])
 Size = Annotated[int, Field(ge=1)]
-LOCAL = "local-dir:"
 
 
 class _Section(BaseModel):
@@ -63,13 +62,19 @@ class Network(_Section):
                 f"img_size ({self.img_size}) and input_size {self.input_size} contradict each other"
             )
 
+    @property
+    def folder(self) -> str | None:
+        """The FOLDER of ``local-dir:FOLDER``, in whatever case timm takes it; None for other names."""
+        source, _, folder = self.name.partition(":")
+        return folder if source.lower() == "local-dir" else None
+
     def told(self) -> dict[str, Any]:
         """What was given, as TOML and JSON hold it and ``--config`` reads it, from whatever folder."""
         values = self.model_dump(exclude_unset=True, exclude_none=True)
         if "checkpoint" in values:
             values["checkpoint"] = str(Path(values["checkpoint"]).absolute())
-        if self.name.startswith(LOCAL):
-            values["name"] = f"{LOCAL}{Path(self.name.removeprefix(LOCAL)).absolute()}"
+        if self.folder is not None:
+            values["name"] = f"local-dir:{Path(self.folder).absolute()}"
         if "model_kwargs" in values:
             values["model_kwargs"] = [f"{name}={value!r}" for name, value in self.model_kwargs.items()]
         return values

@@ -13,6 +13,7 @@ from torch.fx import Graph, GraphModule, Node
 from adadfq_plugin.backends.pt2e.fake_quantize import is_quantizer
 from adadfq_plugin.backends.pt2e.graphs import (
     aten,
+    free_name,
     is_constant,
     plain_copy,
     set_tensor,
@@ -257,9 +258,7 @@ def float_copy(prepared: GraphModule) -> GraphModule:
     for node in list(graph.nodes):
         module = _as_module(model, node, absorbed)
         if module is not None:
-            name = f"{node.name}_module"
-            while hasattr(model, name):  # a user's own
-                name += "_"
+            name = free_name(model, f"{node.name}_module")  # the user may have one of that name
             model.add_module(name, module.eval())
             with graph.inserting_before(node):
                 call = graph.call_module(name, (node.args[0],))

@@ -15,6 +15,7 @@ from adadfq_plugin.errors import ModelError
 
 __all__ = [
     "aten",
+    "free_name",
     "is_constant",
     "is_exported",
     "plain_copy",
@@ -102,13 +103,17 @@ def tensor_at(model: nn.Module, path: str) -> Tensor:
     return found
 
 
+def free_name(module: nn.Module, name: str) -> str:
+    """``name``, numbered where the module has something of that name."""
+    names = itertools.chain([name], (f"{name}_{count}" for count in itertools.count(1)))
+    return next(each for each in names if not hasattr(module, each))
+
+
 def set_tensor(model: nn.Module, path: str, value: Tensor, trained: bool) -> str:
     """Puts a new parameter beside the one at ``path`` and returns where; nothing is overwritten."""
     owner, _, name = path.rpartition(".")
-    module, count = model.get_submodule(owner), 0
-    while hasattr(module, name if count == 0 else f"{name}_{count}"):
-        count += 1
-    name = name if count == 0 else f"{name}_{count}"
+    module = model.get_submodule(owner)
+    name = free_name(module, name)
     module.register_parameter(name, nn.Parameter(value, requires_grad=trained))
     return f"{owner}.{name}" if owner else name
 
