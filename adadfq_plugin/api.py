@@ -28,7 +28,7 @@ from adadfq_plugin.contracts import Outcome, Progress, Task
 from adadfq_plugin.dataset import SyntheticDataset
 from adadfq_plugin.errors import BrokenPluginError, SettingsError
 from adadfq_plugin.facts import Facts, device_of, find_facts
-from adadfq_plugin.hooks import fork_rng, module_modes, plain_tensors
+from adadfq_plugin.hooks import fork_rng, kept_buffers, module_modes, plain_tensors
 from adadfq_plugin.refusals import checked_run, refuse_other_modules
 from adadfq_plugin.results import Evaluation, Result
 from adadfq_plugin.teacher import make_teacher, refuse_nan
@@ -83,7 +83,7 @@ def prepare(
 
 def _facts_of(model: nn.Module, **told: Any) -> Facts:
     """The facts of a float model that is about to be prepared."""
-    with module_modes(model, False):
+    with module_modes(model, False), kept_buffers(model):
         refuse_nan(model, buffers=True)
         return find_facts(model, **told)
 
@@ -147,7 +147,7 @@ def calibrate(
         opened = toolkit.open(prepared)
         refuse_nan(opened.module)
         source = teacher if teacher is not None else opened.float_model()
-        with module_modes(source, False):
+        with module_modes(source, False), kept_buffers(source):
             facts = find_facts(
                 source,
                 relatives=(prepared, opened.module),

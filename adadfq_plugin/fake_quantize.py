@@ -158,6 +158,10 @@ class LearnedQuantizer(nn.Module):
         """The observer, where toolkits look for it: this module observes for itself."""
         return self
 
+    @activation_post_process.deleter
+    def activation_post_process(self) -> None:
+        """Left alone: torch.ao takes observers away from modules that its conversion leaves in float."""
+
     @property
     def eps(self) -> float:
         """Smallest step size."""

@@ -14,15 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
     "Arguments",
     "Call",
     "argument",
     "capture_calls",
+    "capture_draws",
     "capture_inputs",
     "capture_outputs",
     "fork_rng",
+    "kept_buffers",
     "module_modes",
     "plain_tensors",
     "short_name",
@@ -209,6 +212,41 @@ def capture_calls(module: nn.Module, names: Collection[str]) -> Iterator[list[Ca
         yield calls
 
 
+class _DrawWatch(TorchDispatchMode):
+    """Notes the operators that draw random numbers."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names = names
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        # attention could drop some of its weights, and has the tag whether it does or not
+        if torch.Tag.nondeterministic_seeded in func.tags and "scaled_dot_product" not in str(func):
+            self.names.append(short_name(func))
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def capture_draws() -> Iterator[list[str]]:
+    """Record the operators that draw random numbers from torch's generators, whatever calls them.
+
+    Yields:
+        Their short names, in order; the list keeps its contents after the block.
+
+    Example:
+        >>> import torch
+        >>> with capture_draws() as names, fork_rng(0):
+        ...     _ = torch.zeros(2).bernoulli_() + torch.nn.Dropout().eval()(torch.ones(2))
+        >>> names
+        ['bernoulli_']
+    """
+    names: list[str] = []
+    with _DrawWatch(names):
+        yield names
+
+
 @contextmanager
 def module_modes(module: nn.Module, training: bool) -> Iterator[None]:
     """Put a module and all its submodules into train or eval mode; give each its own flag back afterwards.
@@ -244,6 +282,38 @@ def module_modes(module: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for submodule, flag in flags:
             submodule.training = flag
+
+
+@contextmanager
+def kept_buffers(module: nn.Module) -> Iterator[None]:
+    """Give a module its buffers back after it was run: some count how often, or keep what they have seen.
+
+    Args:
+        module: The root of the tree.
+
+    Yields:
+        Nothing.
+
+    Example:
+        >>> import torch
+        >>> norm = torch.nn.BatchNorm1d(2)
+        >>> with kept_buffers(norm):
+        ...     _ = norm(torch.randn(4, 2))
+        >>> norm.num_batches_tracked.item(), norm.running_mean.tolist()
+        (0, [0.0, 0.0])
+    """
+    plain = [each for each in module.modules() if not isinstance(each, torch.jit.ScriptModule)]
+    before = [(each._buffers, dict(each._buffers)) for each in plain]
+    values = {buffer: buffer.clone() for _, own in before for buffer in own.values() if buffer is not None}
+    try:
+        yield
+    finally:
+        for own, kept in before:
+            own.update(kept)
+        with torch.no_grad():
+            for buffer, value in values.items():
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
 
 
 @contextmanager

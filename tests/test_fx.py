@@ -17,6 +17,7 @@ from torch.ao.quantization import (
     QConfig,
     QConfigMapping,
     default_dynamic_qat_qconfig,
+    default_dynamic_qconfig,
     default_embedding_qat_qconfig,
     get_default_qat_qconfig_mapping,
     get_default_qconfig_mapping,
@@ -1412,3 +1413,152 @@ def test_calls_that_write_no_values_are_left_alone() -> None:
 
     opened = FXBackend().open(prepare_qat_fx(Asking().train(), users_mapping(8), EXAMPLE))
     models.observed(opened, models.images(4))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bounds_between_calls_in_float_stay_in_the_graph(bits: int) -> None:
+    """torch.ao converts no quantizer there, and the ReLU6 would be gone."""
+
+    class Kept(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+            self.linear = nn.Linear(8, models.CLASSES)
+            with torch.no_grad():
+                self.two.weight *= 20
+
+        def forward(self, x: Tensor) -> Tensor:
+            return cast(Tensor, self.linear(F.relu6(self.two(self.one(x).relu())).mean((2, 3))))
+
+    model, batch = Kept(), models.images(32)
+    mapping = qconfig_mapping(Scheme(weight_bits=bits, activation_bits=bits), float_modules=["two"])
+    opened = FXBackend().open(prepare_qat_fx(model.train(), mapping, EXAMPLE))
+    models.observed(opened, batch)
+    with torch.no_grad(), opened.phase(Phase.EVALUATE):
+        fake = opened.module(batch)
+    assert (opened.convert()(batch) - fake).abs().mean() <= 0.01 * fake.std()
+
+
+@pytest.mark.parametrize("width", [8, 6])
+def test_a_call_is_tried_for_each_engine_that_may_run_it(width: int) -> None:
+    """fbgemm's kernel is wrong for one width, oneDNN's for the other."""
+    if not {"onednn", "x86"} <= set(torch.backends.quantized.supported_engines):
+        pytest.skip("no two engines for one CPU in this build of torch")
+    layers = nn.ConvTranspose2d(8, width, 2, stride=2), nn.ReLU(), nn.Conv2d(width, 8, 1)
+    model, batch = headed(nn.Conv2d(3, 8, 3), *layers), models.images(32)
+    prepared = FXBackend().prepare(model, models.SIZE, Scheme(engine="onednn"))
+    opened = FXBackend().open(prepared)
+    models.observed(opened, batch)
+    opened.commit()
+    with torch.no_grad(), opened.phase(Phase.EVALUATE):
+        fake = opened.module(batch)
+    for engine in ("onednn", "x86"):
+        with torch.no_grad(), using_engine(engine):
+            converted = convert_fx(cast(fx.GraphModule, copy.deepcopy(prepared).eval()))(batch)
+        assert (converted - fake).abs().mean() <= 0.05 * fake.std(), engine
+
+
+def test_a_model_is_saved_for_its_own_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the engine of the moment is, for freezing packs the weights."""
+    engines = torch.backends.quantized.supported_engines
+    first, other = [each for each in ("onednn", "qnnpack", "x86") if each in engines][:2]
+    opened = FXBackend().open(FXBackend().prepare(models.trained(), models.SIZE, Scheme(engine=first)))
+    models.observed(opened, batch := models.images(8))
+    converted, seen, freeze = opened.convert(), [], torch.jit.freeze
+
+    def frozen(script: Any) -> Any:
+        seen.append(torch.backends.quantized.engine)
+        return freeze(script)
+
+    monkeypatch.setattr(torch.jit, "freeze", frozen)
+    with using_engine(other):
+        FXBackend().save(converted, batch[:1], tmp_path / "net.pt")
+    assert seen == [first]
+
+
+def test_a_path_that_is_seldom_dropped_is_random_too() -> None:
+    class Drops(models.Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x * torch.bernoulli(torch.full_like(x[:, :1, :1, :1], 0.97)))
+
+    prepared = prepare_qat_fx(Drops().train(), qconfig_mapping(Scheme()), EXAMPLE)
+    told: dict[str, Any] = {"example_inputs": EXAMPLE, "mean": (0.5,) * 3, "std": (0.25,) * 3}
+    for seed in range(4):
+        with pytest.raises(ModelError, match="draws random numbers"):
+            adadfq_plugin.calibrate(prepared, teacher=models.trained(), seed=seed, **told)
+
+
+def test_what_torch_ao_does_not_look_into_stays_in_float() -> None:
+    class Encoded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches, self.linear = nn.Conv2d(3, 16, 4, 4), nn.Linear(16, models.CLASSES)
+            layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
+            self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.patches(x).flatten(2).transpose(1, 2)
+            return cast(Tensor, self.linear(self.encoder(x).mean(1)))
+
+    model, batch = Encoded().eval(), models.images(32)
+    prepared = FXBackend().prepare(model, models.SIZE, Scheme(weight_bits=4, activation_bits=4))
+    opened = FXBackend().open(prepared)
+    assert models.told(opened) == ["encoder stays in float: torch.ao does not look into it"]
+    assert not [
+        each for each in prepared.get_submodule("encoder").modules() if hasattr(each, "weight_fake_quant")
+    ]
+    own = FXBackend().open(prepare_qat_fx(copy.deepcopy(model).train(), qconfig_mapping(Scheme()), EXAMPLE))
+    for each in (opened, own):
+        models.observed(each, batch)
+        with torch.no_grad(), each.phase(Phase.EVALUATE):  # its fast path, in both
+            fake, converted = each.module(batch), each.convert()(batch)
+        assert (converted - fake).abs().mean() <= 0.05 * fake.std()
+
+
+@pytest.mark.parametrize("prepare", [prepare_fx, prepare_qat_fx])
+def test_ranges_of_each_batch_alone_are_refused(prepare: Any) -> None:
+    mapping = QConfigMapping().set_global(default_dynamic_qconfig)
+    prepared = prepare(models.trained().train(prepare is prepare_qat_fx), mapping, EXAMPLE)
+    with pytest.raises(ModelError, match="takes the range of each batch"):
+        FXBackend().open(prepared)
+
+
+def test_repeated_calls_are_counted_without_their_normalisation() -> None:
+    class Thrice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.conv = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1)
+            self.norm, self.linear = nn.BatchNorm2d(8), nn.Linear(8, models.CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            for _ in range(3):
+                x = self.norm(self.conv(x)).relu()
+            return cast(Tensor, self.linear(x.mean((2, 3))))
+
+    opened = FXBackend().open(FXBackend().prepare(Thrice().eval(), models.SIZE, Scheme()))
+    assert [note for note in opened.notes if note.startswith("2 repeated calls of layers")]
+
+
+def test_buffers_that_a_network_changes_come_back() -> None:
+    class Counts(models.Residual):
+        def __init__(self) -> None:
+            super().__init__()
+            self.count: Tensor
+            self.seen: Tensor
+            self.register_buffer("count", torch.zeros(()))
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.count += 1
+            self.seen = self.seen + x.abs().mean()
+            return super().forward(x)
+
+    model = Counts().eval()
+    told: dict[str, Any] = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "method": "noise", "teacher": model}
+    prepared = adadfq_plugin.prepare(model, models.SIZE)
+    with pytest.raises(ModelError, match="num_classes=7"):
+        adadfq_plugin.calibrate(prepared, num_classes=7, **told)
+    settings = {"samples": 8, "batch_size": 4, "steps": 1, "range_samples": 8}
+    adadfq_plugin.calibrate(prepared, settings=settings, **told)
+    assert (model.count.item(), model.seen.item()) == (0, 0)

@@ -118,7 +118,7 @@ class FXBackend:
                 setattr(prepared, name, copy.deepcopy(getattr(model, name)))
         prepared.meta[SIZE] = tuple(input_size)
         prepared.meta[ENGINE] = engine
-        prepared.meta[IN_FLOAT] = [*_sentences(sites), *copies_note(len(traced.meta[COPIES]))]
+        prepared.meta[IN_FLOAT] = [*_sentences(sites), *copies_note(traced, traced.meta[COPIES])]
         return prepared
 
     def open(self, prepared: nn.Module) -> FXPrepared:
@@ -151,11 +151,12 @@ class FXBackend:
 
     def save(self, converted: nn.Module, example: Tensor, path: Path) -> None:
         """TorchScript, its archive compressed: ``torch.jit.load`` runs it without this package."""
-        with warnings.catch_warnings(), torch.no_grad():
+        engine = getattr(converted, "meta", {}).get(ENGINE, torch.backends.quantized.engine)
+        # freezing packs the weights once more, for the engine of the moment
+        with warnings.catch_warnings(), torch.no_grad(), using_engine(engine):
             warnings.simplefilter("ignore")  # torch.jit announces its retirement at every call
             script = torch.jit.freeze(torch.jit.trace(converted.eval(), example, check_trace=False))
             with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-                engine = getattr(converted, "meta", {}).get(ENGINE, torch.backends.quantized.engine)
                 torch.jit.save(script, f"{folder}/model.pt", _extra_files={ENGINE: engine})
                 _compress(Path(folder, "model.pt"), path)
 

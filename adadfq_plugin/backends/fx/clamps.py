@@ -10,7 +10,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from adadfq_plugin.backends.fx.fake_quantize import LearnedFakeQuantize
-from adadfq_plugin.backends.fx.graphs import module_of
+from adadfq_plugin.backends.fx.graphs import module_of, prepared_attributes
 from adadfq_plugin.hooks import argument
 
 __all__ = ["absorb_clamps"]
@@ -24,7 +24,8 @@ def absorb_clamps(model: GraphModule) -> None:
     """Removes each clamp between two uses of one quantizer, which takes over its bounds; in place.
 
     torch.ao observes what goes into an unfused ReLU6 and lets the output share the levels: of the levels of
-    [-60, 40] only a tenth is left for [0, 6]. A quantizer of [0, 6] saturates where the activation would.
+    [-60, 40] only a tenth is left for [0, 6]. A quantizer of [0, 6] saturates where the activation would. Between calls
+    that stay in float a clamp remains.
 
     Args:
         model: a prepared model with learned quantizers.
@@ -47,11 +48,19 @@ def absorb_clamps(model: GraphModule) -> None:
             continue
         if sum(_quantizer(model, other) is quantizer for other in model.graph.nodes) > 2:
             continue  # the levels are shared with a tensor that has no such bounds
+        if all(_stays_in_float(model, other) for other in (*node.all_input_nodes, *again[0].users)):
+            continue  # torch.ao converts no quantizer between such calls, and the bounds would go with it
         quantizer.limits = bounds
         again[0].replace_all_uses_with(node)
         model.graph.erase_node(again[0])
         model.graph.erase_node(clamp)
     model.recompile()
+
+
+def _stays_in_float(model: GraphModule, node: Node) -> bool:
+    """Whether the user's configuration leaves a call unquantized, as ``convert_fx`` asks it."""
+    configured = prepared_attributes(model).node_name_to_qconfig
+    return node.name in configured and configured[node.name] is None
 
 
 def _quantizer(model: GraphModule, node: Node) -> LearnedFakeQuantize | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -59,8 +59,12 @@ IN_FLOAT = "adadfq_in_float"
 SUMS = (operator.add, torch.add, "add")
 
 
-def copies_note(count: int) -> list[str]:
-    """A sentence about layers that are called again, where there are any."""
+def copies_note(model: nn.Module, copies: Iterable[str]) -> list[str]:
+    """A sentence about layers that are called again, where there are any among the copied modules."""
+    parameters = (model.get_submodule(name).parameters() for name in copies)
+    count = sum(
+        any(each.ndim > 1 for each in own) for own in parameters
+    )  # those of normalisation are vectors
     what = "calls of layers have copies" if count > 1 else "call of a layer has a copy"
     return [f"{count} repeated {what} of the weights: an integer layer has one scale of its output"] * bool(
         count
@@ -105,9 +109,7 @@ class FXPrepared:
             self.module, lambda node, module: not (quantizers.isdisjoint(node.users) or is_quantizer(module))
         )
         """What module each copy was made of, by name; each call has a module of its own."""
-        self.notes += copies_note(
-            sum(any(True for _ in self.module.get_submodule(name).parameters()) for name in self.origins)
-        )
+        self.notes += copies_note(self.module, self.origins)
         fold_batch_norm(self.module)
         averages_in_float(self.module)
         if requantized:
@@ -175,12 +177,12 @@ class FXPrepared:
                 narrowed += 1
         if narrowed:
             self.notes.append(
-                f"{narrowed} layers have 7-bit weights: kernels of this CPU ({', '.join(sorted(self._engines))}) "
+                f"{narrowed} layers have 7-bit weights: kernels of this CPU ({', '.join(sorted(self.engines))}) "
                 "overflow on 8"
             )
 
     @property
-    def _engines(self) -> set[str]:
+    def engines(self) -> set[str]:
         """Where the network will run: a saved model is packed for the reader's engine, x86 unless told otherwise."""
         return {self.engine, "x86"} if self.engine in GROUPS else {self.engine}
 
@@ -194,7 +196,7 @@ class FXPrepared:
                 continue
             for user in node.users:
                 groups = int(getattr(weighted(module_of(self.module, user)), "groups", 1))
-                if any(adds_in_16_bits(engine, vnni, groups) for engine in self._engines):
+                if any(adds_in_16_bits(engine, vnni, groups) for engine in self.engines):
                     yield user, highest
 
     def _mark_averages(self) -> None:
@@ -229,7 +231,10 @@ class FXPrepared:
         return found if isinstance(found, LearnedFakeQuantize) and found.dtype == torch.qint8 else None
 
     def _refuse_nothing_quantized(self) -> None:
-        if not quantizer_nodes(self.module):
+        found = [(str(node.target), module_of(self.module, node)) for node in quantizer_nodes(self.module)]
+        if all(getattr(module, "is_dynamic", False) for _, module in found):
+            refuse_dynamic((name, module) for name, module in found if module is not None)
+        if not found:
             raise ModelError(
                 "the prepared model quantizes nothing: its QConfigMapping matches none of its modules; "
                 "prepare it with a QConfig for Conv2d and Linear"

@@ -21,6 +21,7 @@ from torch.ao.quantization.quantize_fx import prepare_qat_fx
 from torch.fx.node import _get_qualified_name
 
 from adadfq_plugin.backends.fx.calls import in_float
+from adadfq_plugin.backends.fx.kernels import using_engine
 from adadfq_plugin.backends.fx.prepared import FXPrepared
 from adadfq_plugin.contracts import Phase
 from adadfq_plugin.errors import first_line
@@ -89,7 +90,7 @@ def _name(node: fx.Node) -> str:
 
 
 def trial(traced: fx.GraphModule, mapping: QConfigMapping, images: Tensor) -> list[CallSite]:
-    """Convert a copy of the model and return what fails in it, up to the first exception."""
+    """Convert a copy of the model for each engine that it may run on; return what fails, up to the first exception."""
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         prepared = prepare_qat_fx(copy.deepcopy(traced).train(), mapping, (images,))
@@ -101,10 +102,14 @@ def trial(traced: fx.GraphModule, mapping: QConfigMapping, images: Tensor) -> li
             step.data += _APART * place
         copies = traced.meta.get(COPIES, {})
         origins = {**copies, **{name: copies.get(of, of) for name, of in opened.origins.items()}}
-        run = _Trial(cast(fx.GraphModule, opened.convert().eval()), origins)
-        with contextlib.suppress(_Stopped):
-            run.run_nodes(images.cpu())
-    return run.sites
+        sites: dict[tuple[str, str, int | None], CallSite] = {}
+        for engine in sorted(opened.engines & set(torch.backends.quantized.supported_engines)):
+            opened.engine = engine
+            run = _Trial(cast(fx.GraphModule, opened.convert().eval()), origins)
+            with using_engine(engine), contextlib.suppress(_Stopped):
+                run.run_nodes(images.cpu())
+            sites = {**{site.place: site for site in run.sites}, **sites}
+    return list(sites.values())
 
 
 class _Stopped(Exception):

@@ -118,6 +118,9 @@ def _calls_in_float(traced: fx.GraphModule) -> list[CallSite]:
 
     sites: list[CallSite] = []
     for node, name, index in numbered(traced.graph):
+        module = module_of(traced, node)
+        if module is not None and _has_layers(module):
+            sites.append(CallSite(node.op, name, None, "torch.ao does not look into it"))
         gives_tensor = node.op in ("call_function", "call_method") and "dtype" in node.meta
         if gives_tensor and any(map(is_integer, [node, *node.args])):
             sites.append(CallSite(node.op, name, index, "works on integers"))
@@ -137,6 +140,14 @@ def _calls_in_float(traced: fx.GraphModule) -> list[CallSite]:
     return sites
 
 
+def _has_layers(module: nn.Module) -> bool:
+    """Whether a module that is called as one has layers in it, and not only its own parametrized weight."""
+    return any(
+        name != "parametrizations" and any(True for _ in child.parameters())
+        for name, child in module.named_children()
+    )
+
+
 def _divides(call: fx.Node, by: fx.Node) -> bool:
     return call.target is operator.truediv and call.args[1] is by
 
@@ -153,8 +164,9 @@ def _without(
         if hasattr(traced, name):
             setattr(result, name, getattr(traced, name))
     for site in sites:
-        if site.op == "call_module":
-            mapping.set_module_name(site.target, None)
+        if site.op == "call_module":  # and what is in it, which would be rounded and never lowered
+            for name, _ in traced.get_submodule(site.target).named_modules(prefix=site.target):
+                mapping.set_module_name(name, None)
     in_float_modules = {site.target for site in sites}
     # torch.ao fuses by the module: the BatchNorm or the ReLU behind the last call would be that of every call
     result.meta[COPIES] = separate_calls(
