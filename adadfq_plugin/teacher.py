@@ -61,7 +61,8 @@ def make_teacher(model: nn.Module, facts: Facts, *, device: torch.device | str =
         ModelError: a weight or statistic that is NaN or infinite.
     """
     refuse_nan(model, buffers=True)
-    frozen = copy.deepcopy(model).eval().requires_grad_(False).to(device)
+    with torch.no_grad():  # else what is copied of a ScriptModule has a history
+        frozen = copy.deepcopy(model).eval().requires_grad_(False).to(device)
     if facts.large and not any(map(_rules_out_channels_last, frozen.modules())):
         frozen.to(memory_format=torch.channels_last)
         with suppress(RuntimeError):  # x.view(len(x), -1) wants them first

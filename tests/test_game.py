@@ -520,6 +520,16 @@ def test_a_bare_side_takes_the_channels_that_the_network_takes() -> None:
         find_facts(stem, input_size="224")
 
 
+def test_a_teacher_may_have_scripted_modules() -> None:
+    """What is copied of one with gradients on has a history, and can't be frozen."""
+    scripted: nn.Module = torch.jit.script(nn.Conv2d(3, 4, 1))
+    model = nn.Sequential(scripted, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    teacher = make_teacher(model, Facts((3, 8, 8), 4))
+    assert not any(each.requires_grad for each in teacher.model.parameters())
+    assert all(each.requires_grad for each in model.parameters())
+    assert torch.equal(teacher(noise := teacher.noise(2)), model(noise))
+
+
 def test_multiply_adds_of_groups_and_linear() -> None:
     model = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1, groups=2), nn.Flatten(), nn.Linear(8 * 25, 10))
     assert multiply_adds(model, (4, 5, 5)) == 8 * 25 * 2 * 9 + 200 * 10
