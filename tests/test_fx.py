@@ -1562,3 +1562,27 @@ def test_buffers_that_a_network_changes_come_back() -> None:
     settings = {"samples": 8, "batch_size": 4, "steps": 1, "range_samples": 8}
     adadfq_plugin.calibrate(prepared, settings=settings, **told)
     assert (model.count.item(), model.seen.item()) == (0, 0)
+
+
+@pytest.mark.parametrize("module", [True, False])
+def test_interpolations_round_ties_as_their_kernel_does(module: bool) -> None:
+    """Weighed in sixteenths, every eighth value lies midway between two levels."""
+
+    class Enlarged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.conv = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3)
+            self.linear = nn.Linear(8, models.CLASSES)
+            self.up = nn.Upsample(scale_factor=2, mode="bilinear")
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x).relu()
+            x = self.up(x) if module else F.interpolate(x, (31, 30), None, "bilinear", False)
+            return cast(Tensor, self.linear(self.conv(x).relu().mean((2, 3))))
+
+    torch.manual_seed(0)
+    opened = FXBackend().open(FXBackend().prepare(Enlarged().eval(), models.SIZE, Scheme(activation_bits=4)))
+    models.observed(opened, batch := models.images(32))
+    with torch.no_grad(), opened.phase(Phase.EVALUATE):
+        fake = opened.module(batch)
+        assert (opened.convert()(batch) - fake).abs().max() <= 0.01 * fake.std()

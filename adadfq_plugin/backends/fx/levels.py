@@ -11,8 +11,11 @@ from torch.fx import GraphModule, Node
 
 from adadfq_plugin.backends.fx.calls import in_float
 from adadfq_plugin.backends.fx.graphs import INTEGER, MEANS, called, is_quantizer, module_of
+from adadfq_plugin.hooks import argument
 
-__all__ = ["averages_in_float", "has_fixed_levels", "is_average", "requantize"]
+__all__ = ["averages_in_float", "has_fixed_levels", "is_average", "is_interpolation", "requantize"]
+
+INTERPOLATE = (nn.functional.interpolate, nn.functional.upsample)
 
 
 @functools.cache
@@ -50,6 +53,14 @@ def is_average(model: GraphModule, node: Node) -> bool:
     """Whether a call takes one of the averages, hidden by :func:`averages_in_float` or not."""
     what = called(model, node)
     return what in MEANS or (what is in_float and node.args[0] in MEANS.values())
+
+
+def is_interpolation(model: GraphModule, node: Node) -> bool:
+    """Whether a call weighs neighbours: with weights of sixteenths many results lie midway between two levels."""
+    module = module_of(model, node)
+    if isinstance(module, nn.Upsample):
+        return module.mode == "bilinear"
+    return node.target in INTERPOLATE and argument(node.args, node.kwargs, 3, "mode", "nearest") == "bilinear"
 
 
 def averages_in_float(model: GraphModule) -> None:

@@ -40,7 +40,7 @@ from adadfq_plugin.backends.fx.graphs import (
 from adadfq_plugin.backends.fx.inference import as_inference
 from adadfq_plugin.backends.fx.kernels import GROUPS, adds_in_16_bits, has_vnni, using_engine
 from adadfq_plugin.backends.fx.layers import FUNCTIONS
-from adadfq_plugin.backends.fx.levels import averages_in_float, is_average, requantize
+from adadfq_plugin.backends.fx.levels import averages_in_float, is_average, is_interpolation, requantize
 from adadfq_plugin.contracts import Phase
 from adadfq_plugin.errors import ModelError
 from adadfq_plugin.fake_quantize import refuse_dynamic, switched
@@ -204,7 +204,8 @@ class FXPrepared:
             quantizer, source = self._quantizer_of(node), node.args[0]
             if quantizer is None or not isinstance(source, Node):
                 continue
-            quantizer.averages |= is_average(self.module, source) or called(self.module, source) in POOLINGS
+            averages = is_average(self.module, source) or called(self.module, source) in POOLINGS
+            quantizer.averages |= averages or is_interpolation(self.module, source)
 
     def _note_rounded_terms(self) -> None:
         """Inductor adds within a convolution, where torch.ao rounds first: with few levels that costs accuracy."""
@@ -236,8 +237,9 @@ class FXPrepared:
             refuse_dynamic((name, module) for name, module in found if module is not None)
         if not found:
             raise ModelError(
-                "the prepared model quantizes nothing: its QConfigMapping matches none of its modules; "
-                "prepare it with a QConfig for Conv2d and Linear"
+                "the prepared model quantizes nothing: its QConfigMapping matches none of its modules, or asks for "
+                "types without kernels; prepare it with a QConfig for Conv2d and Linear, of quint8 activations and qint8 "
+                "weights"
             )
 
     def _refuse_again(self) -> None:
