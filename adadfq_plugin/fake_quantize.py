@@ -131,7 +131,7 @@ class LearnedQuantizer(nn.Module):
         self.register_buffer("lower", torch.full((1,), torch.inf))
         self.register_buffer("upper", torch.full((1,), -torch.inf))
         self.averages = False
-        """Whether integer averages or interpolations arrive here: their ties are rounded to even, as integer kernels do."""
+        """Whether averages or interpolations arrive here: their ties are rounded to even, as integer kernels do."""
         self.limits: tuple[float, float] | None = None
         """Bounds of an activation (ReLU6) that this quantizer stands for."""
         self.ndim = 0

@@ -238,8 +238,8 @@ class FXPrepared:
         if not found:
             raise ModelError(
                 "the prepared model quantizes nothing: its QConfigMapping matches none of its modules, or asks for "
-                "types without kernels; prepare it with a QConfig for Conv2d and Linear, of quint8 activations and qint8 "
-                "weights"
+                "types without kernels; prepare it with a QConfig for Conv2d and Linear, of quint8 activations and "
+                "qint8 weights"
             )
 
     def _refuse_again(self) -> None:
