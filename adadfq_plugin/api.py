@@ -27,8 +27,8 @@ from adadfq_plugin.config import Scheme, Settings
 from adadfq_plugin.contracts import Outcome, Progress, Task
 from adadfq_plugin.dataset import SyntheticDataset
 from adadfq_plugin.errors import BrokenPluginError, SettingsError
-from adadfq_plugin.facts import Facts, device_of, find_facts
-from adadfq_plugin.hooks import fork_rng, kept_buffers, module_modes, plain_tensors
+from adadfq_plugin.facts import device_of, find_facts
+from adadfq_plugin.hooks import fork_rng, module_modes, plain_tensors
 from adadfq_plugin.refusals import checked_run, refuse_other_modules
 from adadfq_plugin.results import Evaluation, Result
 from adadfq_plugin.teacher import make_teacher, refuse_nan
@@ -77,15 +77,9 @@ def prepare(
     """
     refuse_other_modules(model)
     with fork_rng(0, device_of(model)):  # toolkits initialise the modules that they build, to no effect
-        facts = _facts_of(model, input_size=input_size)
-        return prepare_with(model, facts, scheme_of(scheme), backend)[0]
-
-
-def _facts_of(model: nn.Module, **told: Any) -> Facts:
-    """The facts of a float model that is about to be prepared."""
-    with module_modes(model, False), kept_buffers(model):
         refuse_nan(model, buffers=True)
-        return find_facts(model, **told)
+        facts = find_facts(model, input_size=input_size)
+        return prepare_with(model, facts, scheme_of(scheme), backend)[0]
 
 
 @plain_tensors()
@@ -147,16 +141,15 @@ def calibrate(
         opened = toolkit.open(prepared)
         refuse_nan(opened.module)
         source = teacher if teacher is not None else opened.float_model()
-        with module_modes(source, False), kept_buffers(source):
-            facts = find_facts(
-                source,
-                relatives=(prepared, opened.module),
-                example_inputs=example_inputs,
-                input_size=input_size,
-                num_classes=num_classes,
-                mean=mean,
-                std=std,
-            )
+        facts = find_facts(
+            source,
+            relatives=(prepared, opened.module),
+            example_inputs=example_inputs,
+            input_size=input_size,
+            num_classes=num_classes,
+            mean=mean,
+            std=std,
+        )
         told: list[str] = []
 
         def tell(sentence: str, advice: str = "") -> None:
@@ -247,7 +240,8 @@ def quantize(
     made = method_settings(methods().get(method), settings, preset)  # refuse before any work
     seed, _ = checked_run(made, minutes, seed, device)
     with fork_rng(seed, device_of(model)):
-        facts = _facts_of(model, input_size=input_size, num_classes=num_classes, mean=mean, std=std)
+        refuse_nan(model, buffers=True)
+        facts = find_facts(model, input_size=input_size, num_classes=num_classes, mean=mean, std=std)
         prepared, toolkit = prepare_with(model, facts, widths, backend)
         result = calibrate(
             prepared,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from adadfq_plugin.errors import ModelError, first_line
+from adadfq_plugin.hooks import kept_buffers, module_modes
 
 __all__ = [
     "AVERAGED",
@@ -144,7 +145,7 @@ class _RefusedSizeError(Exception):
 def _count_logits(model: nn.Module, input_size: Sequence[int]) -> int:
     """How many logits the model gives an image of that size; :class:`_RefusedSizeError` where it gives none."""
     try:
-        with torch.no_grad():
+        with torch.no_grad(), module_modes(model, False), kept_buffers(model):
             output = model(torch.zeros(2, *input_size, device=device_of(model)))
     except Exception as error:  # whatever the model raises
         raise _RefusedSizeError(first_line(error)) from error
@@ -284,7 +285,7 @@ def find_facts(
     """What the arguments tell, else what timm left on the models, else what a trial shows.
 
     Args:
-        model: the float network, in eval mode.
+        model: the float network; it is run in eval mode, and left as it was.
         relatives: other models that may still carry timm's ``pretrained_cfg``.
         example_inputs: a tensor or tuple as torch.ao's prepare takes it.
         input_size: side, (height, width) or (channels, height, width).
