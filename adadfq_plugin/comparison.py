@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adadfq_plugin.captures import capture_draws
 from adadfq_plugin.contracts import Phase, Prepared
 from adadfq_plugin.dataset import SyntheticDataset
 from adadfq_plugin.errors import ModelError, first_line
 from adadfq_plugin.functional import disagreement_information, normalized_information, sqnr_db, top1_agreement
-from adadfq_plugin.hooks import capture_draws
 from adadfq_plugin.teacher import Teacher
 
 __all__ = ["figures", "not_the_teacher", "refuse_inconvertible", "refuse_random", "unfaithful"]

@@ -10,6 +10,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from adadfq_plugin.captures import Call, capture_calls, capture_inputs
 from adadfq_plugin.config import GeneratorSettings
 from adadfq_plugin.errors import ModelError, SettingsError
 from adadfq_plugin.functional import (
@@ -20,7 +21,6 @@ from adadfq_plugin.functional import (
     squared_norm,
     total_variation,
 )
-from adadfq_plugin.hooks import Call, capture_calls, capture_inputs
 from adadfq_plugin.teacher import Teacher, keeping_statistics
 
 __all__ = [

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from adadfq_plugin.captures import capture_inputs
 from adadfq_plugin.errors import ModelError
 from adadfq_plugin.facts import Facts, device_of
-from adadfq_plugin.hooks import capture_inputs
 
 __all__ = ["Teacher", "keeping_statistics", "make_teacher", "multiply_adds", "refuse_nan"]
 

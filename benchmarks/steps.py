@@ -29,6 +29,7 @@ from torch.utils.benchmark import Timer
 
 import adadfq_plugin
 from adadfq_plugin.backends.fx import FXBackend, traceable
+from adadfq_plugin.captures import capture_inputs, capture_outputs
 from adadfq_plugin.config import AdaDFQSettings
 from adadfq_plugin.contracts import Phase, Prepared
 from adadfq_plugin.facts import find_facts
@@ -38,7 +39,7 @@ from adadfq_plugin.game.generator import GeneratorPlayer
 from adadfq_plugin.game.pace import Pace
 from adadfq_plugin.game.quantized import QuantizedPlayer
 from adadfq_plugin.game.run import PIECE
-from adadfq_plugin.hooks import capture_inputs, capture_outputs, fork_rng
+from adadfq_plugin.hooks import fork_rng
 from adadfq_plugin.teacher import Teacher, make_teacher
 
 Step = Callable[[], Any]

@@ -13,13 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adadfq_plugin.hooks import (
-    capture_calls,
-    capture_inputs,
-    capture_outputs,
-    fork_rng,
-    module_modes,
-)
+from adadfq_plugin.captures import capture_calls, capture_inputs, capture_outputs
+from adadfq_plugin.hooks import fork_rng, module_modes
 
 
 class StopTestError(Exception):

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from adadfq_plugin.captures import Arguments, short_name
 from adadfq_plugin.fake_quantize import LearnedQuantizer
-from adadfq_plugin.hooks import Arguments, short_name
 
 __all__ = ["Call", "Layer", "Layers"]
 

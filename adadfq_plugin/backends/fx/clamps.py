@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from adadfq_plugin.backends.fx.fake_quantize import LearnedFakeQuantize
 from adadfq_plugin.backends.fx.graphs import module_of, prepared_attributes
-from adadfq_plugin.hooks import argument
+from adadfq_plugin.captures import argument
 
 __all__ = ["absorb_clamps"]
 

@@ -14,7 +14,7 @@ from adadfq_plugin.backends.fx.clamps import RELU
 from adadfq_plugin.backends.fx.graphs import called, free_name, is_quantizer, module_of, prepared_attributes
 from adadfq_plugin.backends.fx.layers import FUNCTIONS
 from adadfq_plugin.backends.fx.lift import lift
-from adadfq_plugin.hooks import argument
+from adadfq_plugin.captures import argument
 from adadfq_plugin.sites import replace_module
 
 __all__ = ["lift_functions"]

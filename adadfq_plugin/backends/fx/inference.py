@@ -16,8 +16,8 @@ from torch.fx import GraphModule, Node
 
 from adadfq_plugin.backends.fx.calls import with_argument
 from adadfq_plugin.backends.fx.graphs import VIEWS, called, is_quantizer, module_of
+from adadfq_plugin.captures import argument
 from adadfq_plugin.errors import ModelError
-from adadfq_plugin.hooks import argument
 
 __all__ = ["as_inference"]
 

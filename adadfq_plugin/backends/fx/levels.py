@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from adadfq_plugin.backends.fx.calls import in_float
 from adadfq_plugin.backends.fx.graphs import INTEGER, MEANS, called, is_quantizer, module_of
-from adadfq_plugin.hooks import argument
+from adadfq_plugin.captures import argument
 
 __all__ = ["averages_in_float", "has_fixed_levels", "is_average", "is_interpolation", "requantize"]
 

@@ -41,10 +41,11 @@ from adadfq_plugin.backends.fx.inference import as_inference
 from adadfq_plugin.backends.fx.kernels import GROUPS, adds_in_16_bits, has_vnni, using_engine
 from adadfq_plugin.backends.fx.layers import FUNCTIONS
 from adadfq_plugin.backends.fx.levels import averages_in_float, is_average, is_interpolation, requantize
+from adadfq_plugin.captures import argument, capture_outputs
 from adadfq_plugin.contracts import Phase
 from adadfq_plugin.errors import ModelError
 from adadfq_plugin.fake_quantize import refuse_dynamic, switched
-from adadfq_plugin.hooks import argument, capture_outputs, module_modes
+from adadfq_plugin.hooks import module_modes
 from adadfq_plugin.ranges import levels_that_fit
 from adadfq_plugin.sites import replace_module, sites, take_over
 

@@ -23,11 +23,11 @@ from adadfq_plugin.backends.pt2e.graphs import (
     use_eval_mode,
     use_no_mutation,
 )
+from adadfq_plugin.captures import capture_outputs
 from adadfq_plugin.contracts import Phase
 from adadfq_plugin.errors import ModelError
 from adadfq_plugin.facts import SIZE
 from adadfq_plugin.fake_quantize import refuse_dynamic, switched
-from adadfq_plugin.hooks import capture_outputs
 from adadfq_plugin.sites import replace_module, sites, take_over
 
 __all__ = ["ATTRIBUTES", "NARROWED", "PT2EPrepared", "input_size"]
