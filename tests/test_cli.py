@@ -220,19 +220,8 @@ def test_a_file_that_appears_during_the_run_is_not_replaced(
         return original(*args, **arguments)
 
     monkeypatch.setattr(api, "synthesize", meanwhile)
-    refused(
-        5,
-        r"set\.npz exists",
-        "synthesize",
-        *given.bare,
-        *GENERATOR,
-        "--method",
-        "bn_stats",
-        "-n",
-        2,
-        "-o",
-        file,
-    )
+    words = ("synthesize", *given.bare, *GENERATOR, "--method", "bn_stats", "-n", 2)
+    refused(5, r"set\.npz exists", *words, "-o", file)
     assert file.read_text() == "another's"
 
 

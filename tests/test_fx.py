@@ -1041,16 +1041,26 @@ def test_a_graph_that_overwrites_and_drops_is_calibrated() -> None:
     assert (fake - converted).abs().mean() < 0.05 * expected.std()
 
 
-def test_a_graph_that_draws_random_numbers_is_refused() -> None:
-    class Drops(models.Residual):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x * torch.bernoulli(torch.full_like(x, 0.8)))
+class Drops(models.Residual):
+    """A network that draws, at every pixel or seldom a whole image."""
 
-    prepared = prepare_qat_fx(Drops().train(), qconfig_mapping(Scheme()), EXAMPLE)
+    def __init__(self, seldom: bool) -> None:
+        super().__init__()
+        self.seldom = seldom
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = torch.full_like(x[:, :1, :1, :1], 0.97) if self.seldom else torch.full_like(x, 0.8)
+        return super().forward(x * torch.bernoulli(kept))
+
+
+@pytest.mark.parametrize("seldom", [False, True])
+def test_a_graph_that_draws_random_numbers_is_refused(seldom: bool) -> None:
+    prepared = prepare_qat_fx(Drops(seldom).train(), qconfig_mapping(Scheme()), EXAMPLE)
     told: dict[str, Any] = {"example_inputs": EXAMPLE, "mean": (0.5,) * 3, "std": (0.25,) * 3}
     for teacher in (None, models.trained()):  # also where the teacher itself draws none
-        with pytest.raises(ModelError, match="draws random numbers"):
-            adadfq_plugin.calibrate(prepared, teacher=teacher, **told)
+        for seed in range(4):
+            with pytest.raises(ModelError, match="draws random numbers"):
+                adadfq_plugin.calibrate(prepared, teacher=teacher, seed=seed, **told)
 
 
 def test_a_clamp_stays_in_front_of_levels_below_it() -> None:
@@ -1192,9 +1202,17 @@ def test_layers_with_rare_kernels_convert(layers: list[nn.Module]) -> None:
         assert (converted(batch) - model(batch)).abs().mean() <= 0.05 * model(batch).std()
 
 
-def test_a_range_of_each_batch_is_refused() -> None:
-    mapping = qconfig_mapping(Scheme()).set_object_type(nn.Linear, default_dynamic_qat_qconfig)
-    prepared = prepare_qat_fx(models.trained().train(), mapping, EXAMPLE)
+@pytest.mark.parametrize(
+    ("prepare", "mapping"),
+    [
+        (prepare_qat_fx, qconfig_mapping(Scheme()).set_object_type(nn.Linear, default_dynamic_qat_qconfig)),
+        (prepare_qat_fx, QConfigMapping().set_global(default_dynamic_qconfig)),
+        (prepare_fx, QConfigMapping().set_global(default_dynamic_qconfig)),
+    ],
+    ids=["one layer's", "all", "all, observed"],
+)
+def test_a_range_of_each_batch_is_refused(prepare: Any, mapping: QConfigMapping) -> None:
+    prepared = prepare(models.trained().train(prepare is prepare_qat_fx), mapping, EXAMPLE)
     with pytest.raises(ModelError, match="takes the range of each batch"):
         FXBackend().open(prepared)
 
@@ -1476,18 +1494,6 @@ def test_a_model_is_saved_for_its_own_engine(tmp_path: Path, monkeypatch: pytest
     assert seen == [first]
 
 
-def test_a_path_that_is_seldom_dropped_is_random_too() -> None:
-    class Drops(models.Residual):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x * torch.bernoulli(torch.full_like(x[:, :1, :1, :1], 0.97)))
-
-    prepared = prepare_qat_fx(Drops().train(), qconfig_mapping(Scheme()), EXAMPLE)
-    told: dict[str, Any] = {"example_inputs": EXAMPLE, "mean": (0.5,) * 3, "std": (0.25,) * 3}
-    for seed in range(4):
-        with pytest.raises(ModelError, match="draws random numbers"):
-            adadfq_plugin.calibrate(prepared, teacher=models.trained(), seed=seed, **told)
-
-
 def test_what_torch_ao_does_not_look_into_stays_in_float() -> None:
     class Encoded(nn.Module):
         def __init__(self) -> None:
@@ -1513,14 +1519,6 @@ def test_what_torch_ao_does_not_look_into_stays_in_float() -> None:
         with torch.no_grad(), each.phase(Phase.EVALUATE):  # its fast path, in both
             fake, converted = each.module(batch), each.convert()(batch)
         assert (converted - fake).abs().mean() <= 0.05 * fake.std()
-
-
-@pytest.mark.parametrize("prepare", [prepare_fx, prepare_qat_fx])
-def test_ranges_of_each_batch_alone_are_refused(prepare: Any) -> None:
-    mapping = QConfigMapping().set_global(default_dynamic_qconfig)
-    prepared = prepare(models.trained().train(prepare is prepare_qat_fx), mapping, EXAMPLE)
-    with pytest.raises(ModelError, match="takes the range of each batch"):
-        FXBackend().open(prepared)
 
 
 def test_repeated_calls_are_counted_without_their_normalisation() -> None:
