@@ -20,6 +20,8 @@ __all__ = ["LearnedQuantizer", "refuse_dynamic", "switched"]
 
 SAMPLE = 32768
 """Activations kept from each observed batch for the range search: of fewer, one large value may decide."""
+MOST = 2**20
+"""Activations kept in all: of many small batches fewer each, drawn at random."""
 TIE_GRID = 4096
 """Fractions of a level: coarse enough to wipe out float noise around one half, fine enough to be exact."""
 NEAR_TIE = 1e-4
@@ -85,6 +87,13 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum()
 
 
+def _part(rows: Tensor, share: float) -> Tensor:
+    """A copy of that share of the columns, drawn at random."""
+    if share == 1:
+        return rows.clone()
+    return rows[:, torch.rand(rows.shape[1], device=rows.device) < share]
+
+
 class LearnedQuantizer(nn.Module):
     r"""Fake quantization :math:`\hat x = s\,(\mathrm{clip}(\mathrm{round}(x/s) + z, l, h) - z)`, s learned.
 
@@ -137,6 +146,7 @@ class LearnedQuantizer(nn.Module):
         self.ndim = 0
         """Dimensions of what was observed."""
         self._sample: list[Tensor] = []
+        self._share = 1.0
         self.sampling = False
 
     @classmethod
@@ -235,9 +245,19 @@ class LearnedQuantizer(nn.Module):
         )
         self._set(scale, zero)
         if self.sampling:
-            # an odd stride runs through all channels and places
-            stride = max(1, rows.shape[1] // SAMPLE) | 1
-            self._sample.append(rows if self.per_channel else rows[:, ::stride].clone())
+            self._keep(rows)
+
+    def _keep(self, rows: Tensor) -> None:
+        """Values for the range search: the newest of a weight, some of every batch of activations."""
+        if self.per_channel:
+            self._sample = [rows]
+            return
+        # an odd stride runs through all channels and places
+        stride = max(1, rows.shape[1] // SAMPLE) | 1
+        self._sample.append(_part(rows[:, ::stride], self._share))
+        if sum(each.shape[1] for each in self._sample) > MOST:
+            self._share /= 2
+            self._sample = [_part(each, 0.5) for each in self._sample]
 
     def _set(self, scale: Tensor, zero_point: Tensor) -> None:
         log_scale = scale.detach().clamp_min(SMALLEST_STEP).log()
@@ -259,14 +279,18 @@ class LearnedQuantizer(nn.Module):
             torch.full_like(self.lower, torch.inf),
             torch.full_like(self.upper, -torch.inf),
         )
+        self._forget()
+
+    def _forget(self) -> None:
         self._sample.clear()
+        self._share = 1.0
 
     def search(self) -> None:
         """Sets the range of least squared error over the observed sample, and forgets the sample."""
         if self._sample:
-            x = self._sample[-1] if self.per_channel else torch.cat(self._sample, dim=1)
+            x = torch.cat(self._sample, dim=1)
             self._set(*search_range(x, self.quant_min, self.quant_max, symmetric=self.symmetric))
-        self._sample.clear()
+        self._forget()
 
     def bounds(self) -> tuple[Tensor, Tensor]:
         """The smallest and the largest value that a level stands for, each (1,) or (channels,)."""

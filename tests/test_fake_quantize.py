@@ -12,7 +12,7 @@ from torch.ao.quantization import disable_observer, enable_observer
 from torch.ao.quantization.fake_quantize import FakeQuantize
 from torch.ao.quantization.observer import MinMaxObserver
 
-from adadfq_plugin import ranges
+from adadfq_plugin import fake_quantize, ranges
 from adadfq_plugin.backends.fx.fake_quantize import LearnedFakeQuantize
 from adadfq_plugin.ranges import search_range
 
@@ -146,6 +146,26 @@ def test_a_large_weight_is_searched_in_pieces_with_the_same_result(monkeypatch: 
     assert len(steps[0]) == 7
     assert torch.equal(steps[0], steps[1])
     assert torch.equal(steps[0], steps[2])
+
+
+def test_the_sample_of_many_small_batches_is_bounded_and_of_all_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fake_quantize, "MOST", 1000)
+    made = quantizer(torch.zeros(1), 8)
+    made.enable_observer()
+    made.sampling = True
+    for batch in range(40):
+        made(torch.full((100,), float(batch)))
+        assert sum(each.numel() for each in made._sample) <= 1000
+    kept = torch.cat(made._sample, 1)
+    assert kept.numel() > 300
+    assert len(kept.unique()) == 40
+    assert abs(kept.mean().item() - 19.5) < 3  # early and late batches have the same share
+    made.search()
+    assert made.scale.item() * 255 == pytest.approx(39, rel=0.02)
+    made(torch.full((100,), 1.0))
+    assert made._sample[0].numel() == 100  # the next search starts anew
 
 
 def test_search_is_never_worse_than_min_max() -> None:
