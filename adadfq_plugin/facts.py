@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from adadfq_plugin.errors import ModelError, first_line
 from adadfq_plugin.hooks import kept_buffers, module_modes
+from adadfq_plugin.transfers import sent
 
 __all__ = [
     "AVERAGED",
@@ -121,7 +122,7 @@ class Facts:
 
 
 def _per_channel(values: Sequence[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)
+    return sent(torch.tensor(values, dtype=like.dtype), like).view(1, -1, 1, 1)
 
 
 def device_of(model: nn.Module) -> torch.device:

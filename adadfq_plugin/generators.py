@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from adadfq_plugin.facts import Facts
+from adadfq_plugin.transfers import sent
 
 __all__ = ["Generator", "coloured", "natural_noise", "whitened"]
 
@@ -121,13 +122,13 @@ class Generator(nn.Module):
         device = self.lowest.device
         z = torch.randn(count, self.latent_dim, generator=rng)
         labels = torch.randint(self.num_classes, (count,), generator=rng)
-        return z.to(device), labels.to(device)
+        return sent(z, device), sent(labels, device)
 
 
 def _amplitudes(size: tuple[int, int], like: Tensor, fall: float) -> Tensor:
     """Amplitudes at the frequencies of a real transform; white noise of deviation 1 keeps it."""
-    down, across = torch.fft.fftfreq(size[0])[:, None], torch.fft.fftfreq(size[1])[None]
-    amplitudes = (down.square() + across.square()).sqrt().clamp_min(1 / max(size)) ** -fall
+    down, across = (torch.fft.fftfreq(side, device=like.device) for side in size)
+    amplitudes = (down.square()[:, None] + across.square()).sqrt().clamp_min(1 / max(size)) ** -fall
     half: Tensor = (amplitudes / amplitudes.square().mean().sqrt())[:, : size[1] // 2 + 1]
     return half.to(like)
 

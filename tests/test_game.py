@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -14,18 +17,33 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from adadfq_plugin import fake_quantize
 from adadfq_plugin.backends.fx import FXPrepared
 from adadfq_plugin.config import AdaDFQSettings, GeneratorSettings, Settings
 from adadfq_plugin.contracts import Phase, Task
 from adadfq_plugin.errors import ModelError
 from adadfq_plugin.facts import Facts, find_facts
-from adadfq_plugin.game import GeneratorPlayer, Pace, ReplayPool, augment, layers, make_plan, mixed, rounding
+from adadfq_plugin.functional import _checks
+from adadfq_plugin.game import (
+    GeneratorPlayer,
+    Pace,
+    ReplayPool,
+    augment,
+    layers,
+    make_plan,
+    mixed,
+    pool,
+    rounding,
+)
 from adadfq_plugin.game.best import BestState
+from adadfq_plugin.game.optimizing import finite_step
 from adadfq_plugin.game.quantized import QuantizedPlayer, in_pieces
 from adadfq_plugin.game.run import Run
 from adadfq_plugin.generators import Generator, coloured, natural_noise, whitened
 from adadfq_plugin.teacher import Teacher, make_teacher, multiply_adds
+from adadfq_plugin.transfers import Figures, fetched, sent
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -290,13 +308,20 @@ def test_refined_images_are_better_and_still_images() -> None:
     assert all(parameter.grad is None for parameter in (*teacher.model.parameters(), *player.parameters))
 
 
-def test_updates_that_are_not_finite_are_left_out() -> None:
-    opened = FXPrepared(models.prepared())
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_updates_that_are_not_finite_are_left_out(optimizer: Any) -> None:
     batch = models.images(8)
-    models.observed(opened, batch)
-    learner = QuantizedPlayer(opened, models.teacher(), Settings(), Pace(2))
+
+    def player() -> QuantizedPlayer:
+        opened = FXPrepared(models.prepared())
+        models.observed(opened, batch)
+        return QuantizedPlayer(
+            opened, models.teacher(), Settings(optimizer=optimizer, learning_rate=0.01), Pace(2)
+        )
+
+    learner, spared = player(), player()
     with learner.learning():
-        z_q = opened.module(batch)
+        z_q = learner.prepared.module(batch)
         good = torch.autograd.grad(
             learner.loss(z_q.detach() + torch.randn_like(z_q), z_q), learner.parameters
         )
@@ -304,9 +329,109 @@ def test_updates_that_are_not_finite_are_left_out() -> None:
     learner.update([good[0] * torch.nan, *good[1:]])
     assert learner.skipped == 1
     assert all(map(torch.equal, before, learner.parameters))
-    learner.update(good)
+    for each in (learner, spared):
+        each.update(good)
+        each.update(good)
     assert learner.skipped == 1
     assert not all(map(torch.equal, before, learner.parameters))
+    assert all(map(torch.equal, spared.parameters, learner.parameters))  # their moments know nothing of it
+
+
+ON_THE_CPU = {fake_quantize.__file__, _checks.__file__, pool.__file__}
+"""What asks switches, labels and step sizes where they are on the CPU, and random numbers, which always are."""
+
+
+def test_gradients_of_another_layout_are_added_to_their_own_elements() -> None:
+    start, gradient = torch.randn(4, 3, 5, 5), torch.randn(4, 3, 5, 5)
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        parameter = nn.Parameter(start.clone())
+        optimizer = torch.optim.Adam([parameter], lr=0.1, fused=True)
+        for scale in (1.0, 3.0):
+            each = (scale * gradient).contiguous(memory_format=layout)
+            assert finite_step(optimizer, [parameter], [each]) == 0
+        found.append(parameter.detach())
+    assert torch.equal(*found)
+
+
+class _Questions(TorchDispatchMode):
+    """Notes where a tensor is made a number."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.asked: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            callers = traceback.extract_stack()
+            if not {each.filename for each in callers} & ON_THE_CPU:
+                self.asked.append("".join(traceback.format_list(callers)))
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _nothing_asked(device: torch.device) -> Iterator[None]:
+    """Fails where the block waits for the device."""
+    with _Questions() as questions, ExitStack() as afterwards:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
+            afterwards.callback(torch.cuda.set_sync_debug_mode, "default")
+        yield
+    assert not questions.asked
+
+
+@pytest.mark.parametrize("where", ["cpu", "cuda"])
+def test_steps_ask_the_device_nothing(where: str) -> None:
+    if where == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    device, rng = torch.device(where), torch.Generator().manual_seed(0)
+    opened = FXPrepared(models.prepared(4))
+    teacher = make_teacher(models.trained(), Facts(models.SIZE, models.CLASSES), device=device)
+    opened.module.to(device)
+    models.observed(opened, models.images(32).to(device))
+    settings = AdaDFQSettings(latent_dim=8, generator_width=16, natural=0.5)
+    learner = QuantizedPlayer(opened, teacher, settings, Pace(4))
+    player = GeneratorPlayer(teacher, settings, 8, rng, device)
+    kept = ReplayPool(64, rng)
+    figures: list[Figures] = []
+
+    def step(prior: Callable[[], Tensor]) -> None:
+        figures.append(player.warm_up(prior, Pace(4)))
+        images, labels = player.make()
+        gradients, played = player.play(
+            prior, teacher(images), opened.module(images), labels, keep_graph=False
+        )
+        player.update(gradients)
+        refined, more = player.refine(prior, images, labels, Pace(2))
+        kept.add(refined, labels)
+        drawn, _ = kept.draw(4)
+        loss = learner.learn(mixed(augment(drawn, rng), 1.0, rng))
+        figures.extend([played, more, {"loss": loss}])
+
+    with learner.learning(), player.watching() as prior:
+        step(prior)  # the first of each kind may look around
+        with _nothing_asked(device):
+            step(prior)
+            waiting = [fetched(each) for each in figures]
+    assert all(np.isfinite(value) for each in waiting for value in each().values())
+    assert learner.skipped == player.skipped == 0
+
+
+def test_figures_come_in_the_order_of_their_names_and_of_any_kind() -> None:
+    told: Figures = {
+        "loss": torch.tensor([0.5]),
+        "held_out": 2,
+        "prior": torch.tensor(3.0, dtype=torch.float64),
+    }
+    assert list(fetched(told)().items()) == [("loss", 0.5), ("held_out", 2.0), ("prior", 3.0)]
+    assert fetched({})() == {}
+
+
+def test_what_is_sent_is_of_the_type_and_at_the_place_of_what_it_goes_with() -> None:
+    here = torch.ones(2)
+    assert sent(here, torch.device("cpu")) is here
+    assert sent(here, torch.zeros((), dtype=torch.float64)).dtype is torch.float64
+    assert sent(here, torch.zeros((), device="meta")).device.type == "meta"
 
 
 def test_gradients_that_are_not_finite_leave_the_generator_alone() -> None:
@@ -348,6 +473,25 @@ def test_a_batch_of_the_game_takes_no_more_steps_than_time_left_the_others(
     assert max(paces["samples"]) < run.plan.refine
     assert paces["game"] == [min(paces["samples"])] * len(paces["game"])
     assert paces["game"]
+
+
+@pytest.mark.parametrize("where", ["cpu", "cuda"])
+def test_a_gpu_is_waited_for_once_it_has_the_next_step_to_do(where: str) -> None:
+    heard: list[tuple[int, float]] = []
+
+    def progress(_phase: str, step: int, _total: int, figures: Mapping[str, float]) -> None:
+        heard.append((step, figures["loss"]))
+
+    settings = AdaDFQSettings(samples=8)
+    prepared = FXPrepared(models.prepared(4))
+    run = Run(Task(models.teacher(), prepared, settings, 0, torch.device(where), progress, None))
+    with run._timed("game"):
+        run._report("game", 1, 2, {"loss": torch.tensor(0.5)})
+        assert heard == ([] if where == "cuda" else [(1, 0.5)])
+        run._report("game", 2, 2, {"loss": torch.tensor(0.25)})
+        assert len(heard) == (1 if where == "cuda" else 2)
+    assert heard == [(1, 0.5), (2, 0.25)]
+    assert run.history.column("game", "loss") == ([1, 2], [0.5, 0.25])
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8, 12])
@@ -435,7 +579,7 @@ def test_activations_are_part_of_the_loss(own: bool) -> None:
 
 
 def test_a_batch_in_pieces_teaches_the_same() -> None:
-    def taught(size: int | None) -> tuple[float, list[torch.Tensor]]:
+    def taught(size: int | None) -> tuple[Tensor, list[torch.Tensor]]:
         opened = FXPrepared(models.prepared(4))
         with torch.no_grad(), opened.phase(Phase.OBSERVE):
             opened.module(batch)
@@ -449,7 +593,7 @@ def test_a_batch_in_pieces_teaches_the_same() -> None:
 
     batch = models.images(7)
     (whole, expected), (pieces, found) = taught(None), taught(3)
-    assert pieces == pytest.approx(whole, rel=1e-4)
+    assert pieces.item() == pytest.approx(whole.item(), rel=1e-4)
     for a, b, start in zip(expected, found, FXPrepared(models.prepared(4)).weights(), strict=True):
         assert not torch.equal(a, start)
         assert torch.allclose(a - start, b - start, rtol=1e-2, atol=1e-5)

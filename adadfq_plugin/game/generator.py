@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -19,11 +19,13 @@ from adadfq_plugin.functional import (
     margin_loss,
     normalized_information,
 )
+from adadfq_plugin.game.optimizing import finite_step, laid_out
 from adadfq_plugin.game.pace import Pace
 from adadfq_plugin.game.pool import augment
 from adadfq_plugin.generators import Generator, coloured, natural_noise, whitened
 from adadfq_plugin.priors import BNStatistics, choose_priors
 from adadfq_plugin.teacher import Teacher
+from adadfq_plugin.transfers import Figures, sent
 
 __all__ = ["GeneratorPlayer"]
 
@@ -78,8 +80,12 @@ class GeneratorPlayer:
         self.parameters = list(self.generator.parameters())
         self._falls = itertools.cycle(FALLS)
         self._skipped = torch.zeros((), dtype=torch.int64, device=device)
+        reach = teacher.facts.to_standard(self.generator.highest) - teacher.facts.to_standard(
+            self.generator.lowest
+        )
+        self._refine_rate = settings.refine_rate * reach.mean().item()
         self.optimizer = torch.optim.Adam(
-            self.parameters, lr=settings.generator_learning_rate, betas=(0.5, 0.999)
+            self.parameters, lr=settings.generator_learning_rate, betas=(0.5, 0.999), fused=True
         )
 
     @property
@@ -99,7 +105,7 @@ class GeneratorPlayer:
         images = self.generator(z, labels)
         if self.natural:
             facts = self.teacher.facts
-            noise = natural_noise(facts, self.batch_size, self._rng).to(images)
+            noise = sent(natural_noise(facts, self.batch_size, self._rng), images)
             share = math.sqrt(1 - self.natural**2)  # the deviation stays about 1
             blend = self.natural * noise + share * facts.to_standard(images)
             images = self.generator.clip(facts.from_standard(blend))
@@ -110,18 +116,18 @@ class GeneratorPlayer:
         """A batch of images and labels without a graph."""
         return self.make()
 
-    def warm_up(self, prior: Callable[[], Tensor], pace: Pace) -> dict[str, float]:
+    def warm_up(self, prior: Callable[[], Tensor], pace: Pace) -> Figures:
         """One step without Q: the prior, and labels that P recognises."""
         images, labels = self.make()
         loss, figures = self._recognised(prior, self.teacher(images), labels)
         self._step(torch.autograd.grad(loss, self.parameters), pace.fraction)
-        return _numbers(figures)
+        return figures
 
     def kept(
         self,
         prior: Callable[[], Tensor],
         pace: Pace,
-    ) -> tuple[Tensor, Tensor, Mapping[str, float]]:
+    ) -> tuple[Tensor, Tensor, Figures]:
         """A new batch, refined: images, labels and figures; see :meth:`refine`."""
         images, labels = self.sample()
         refined, figures = self.refine(prior, images, labels, pace)
@@ -133,7 +139,7 @@ class GeneratorPlayer:
         images: Tensor,
         labels: Tensor,
         pace: Pace,
-    ) -> tuple[Tensor, Mapping[str, float]]:
+    ) -> tuple[Tensor, Figures]:
         """The images themselves go down the prior's loss and a little of the labels': a short training of G lacks it.
 
         Every other batch moves in pixels, the others in the spectrum of photographs.
@@ -155,10 +161,9 @@ class GeneratorPlayer:
         def seen() -> Tensor:
             return facts.from_standard(coloured(white, fall))
 
-        figures: dict[str, Tensor] = {}
-        reach = facts.to_standard(self.generator.highest) - facts.to_standard(self.generator.lowest)
-        rate = self.settings.refine_rate * reach.mean().item()
-        optimizer = torch.optim.Adam([white], lr=rate, betas=(0.5, 0.999))
+        figures: Figures = {}
+        rate = self._refine_rate
+        optimizer = torch.optim.Adam([white], lr=rate, betas=(0.5, 0.999), fused=True)
         for _ in pace:
             optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * pace.fraction))
             pixels = seen()
@@ -166,20 +171,20 @@ class GeneratorPlayer:
             loss, figures = self._recognised(prior, self.teacher(augment(valid, self._rng)), labels, LABEL)
             (gradient,) = torch.autograd.grad(loss, white)
             self._skipped += ~gradient.isfinite().all()
-            white.grad = gradient.nan_to_num(0.0, 0.0, 0.0)
+            white.grad = laid_out(gradient.nan_to_num(0.0, 0.0, 0.0), white)
             optimizer.step()
-        return self.generator.clip(seen().detach()), _numbers(figures)
+        return self.generator.clip(seen().detach()), figures
 
     def _recognised(
         self, prior: Callable[[], Tensor], z_p: Tensor, labels: Tensor, weight: float = 1.0
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor, Figures]:
         classification, statistics = nn.functional.cross_entropy(z_p, labels), prior()
         figures = {"prior": statistics.detach(), "cross_entropy": classification.detach()}
         return statistics + weight * classification, figures
 
     def play(
         self, prior: Callable[[], Tensor], z_p: Tensor, z_q: Tensor, labels: Tensor, *, keep_graph: bool
-    ) -> tuple[list[Tensor], Mapping[str, float]]:
+    ) -> tuple[list[Tensor], Figures]:
         """Gradients of G's loss on a batch that both networks have seen.
 
         Args:
@@ -200,10 +205,10 @@ class GeneratorPlayer:
         statistics = prior()
         loss = generator_loss(margin, balance, statistics, beta=settings.beta, gamma=1.0)
         figures = {
-            "margin": margin.item(),
-            "balance": balance.item(),
-            "prior": statistics.item(),
-            "information": information.mean().item(),
+            "margin": margin.detach(),
+            "balance": balance.detach(),
+            "prior": statistics.detach(),
+            "information": information.detach().mean(),
         }
         gradients = torch.autograd.grad(loss, self.parameters, retain_graph=keep_graph)
         return list(gradients), figures
@@ -216,17 +221,6 @@ class GeneratorPlayer:
         self._apply(list(gradients), 1 - (1 - self.settings.generator_cooling) * fraction)
 
     def _apply(self, gradients: list[Tensor], rate: float) -> None:
-        if not bool(torch.isfinite(nn.utils.get_total_norm(gradients))):  # as Q's may be
-            self._skipped += 1
-            return
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.generator_learning_rate * rate
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = gradient
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-
-def _numbers(figures: Mapping[str, Tensor]) -> dict[str, float]:
-    """Figures as Python's numbers, for which a GPU has to be waited for."""
-    return {name: value.item() for name, value in figures.items()}
+        self._skipped += finite_step(self.optimizer, self.parameters, gradients)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adadfq_plugin.transfers import sent
+
 __all__ = ["ReplayPool", "augment", "mixed"]
 
 SMALLEST_VIEW = 0.6
@@ -28,7 +30,7 @@ def augment(images: Tensor, rng: torch.Generator) -> Tensor:
     place = (2 * torch.rand(count, 2, generator=rng) - 1) * (1 - share)[:, None]
     theta = torch.zeros(count, 2, 3)
     theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = share * flip, share, place
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False).to(images)
+    grid = F.affine_grid(sent(theta, images), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
@@ -45,15 +47,16 @@ def mixed(images: Tensor, share: float, rng: torch.Generator) -> Tensor:
     """
     if torch.rand((), generator=rng) >= share:
         return images
-    ratio = torch.rand(len(images), 1, 1, 1, generator=rng).to(images)
-    others = images[torch.randperm(len(images), generator=rng).to(images.device)]
-    return torch.lerp(others, images, ratio)
+    ratio = torch.rand(len(images), 1, 1, 1, generator=rng)
+    others = images[sent(torch.randperm(len(images), generator=rng), images.device)]
+    return torch.lerp(others, images, sent(ratio, images))
 
 
 class ReplayPool:
     """Samples in the order of their age; beyond the capacity the oldest go.
 
-    They stay where they were put, in half precision, an eighth of a pixel's level at most: 256 large images take 77 MB.
+    They stay where the first came from, in half precision, an eighth of a pixel's level at most: 256 large images take
+    77 MB.
 
     Args:
         capacity: places.
@@ -80,30 +83,32 @@ class ReplayPool:
     @property
     def images(self) -> Tensor:
         """A copy of all images (N, C, H, W), the oldest first."""
-        return self._images[self._aged()].float()
+        return self._at(self._aged())[0]
 
     @property
     def labels(self) -> Tensor:
         """A copy of all labels (N,), the oldest first."""
-        return self._labels[self._aged()]
+        return self._at(self._aged())[1]
 
     def add(self, images: Tensor, labels: Tensor) -> None:
         """Keeps samples (N, C, H, W) with labels (N,)."""
-        images, labels = images[-self.capacity :].detach().cpu(), labels[-self.capacity :].detach().cpu()
+        images, labels = images[-self.capacity :].detach(), labels[-self.capacity :].detach()
         if not self._added:
             self._images = images.new_empty(self.capacity, *images.shape[1:], dtype=torch.half)
             self._labels = labels.new_empty(self.capacity)
-        places = self._places(self._added, self._added + len(images))
+        places = sent(self._places(self._added, self._added + len(images)), self._images.device)
         self._images[places], self._labels[places] = images.half(), labels
         self._added += len(images)
 
     def newest(self, count: int) -> tuple[Tensor, Tensor]:
         """The samples that were added last, in the order of their age."""
-        places = self._aged()[-count:]
-        return self._images[places].float(), self._labels[places]
+        return self._at(self._aged()[-count:])
 
     def draw(self, count: int) -> tuple[Tensor, Tensor]:
         """A random batch of images and labels, without repetition; all there are where they are fewer."""
         order = torch.randperm(len(self), generator=self._rng)[:count]
-        places = self._aged()[order]
+        return self._at(self._aged()[order])
+
+    def _at(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        places = sent(places, self._images.device)
         return self._images[places].float(), self._labels[places]

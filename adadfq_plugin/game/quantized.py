@@ -14,6 +14,7 @@ from adadfq_plugin.config import Settings
 from adadfq_plugin.contracts import Phase, Prepared
 from adadfq_plugin.functional import feature_loss, kl_divergence_loss, quantized_loss
 from adadfq_plugin.game.biases import SteadyMeans
+from adadfq_plugin.game.optimizing import finite_step
 from adadfq_plugin.game.pace import BATCH, Pace
 from adadfq_plugin.teacher import Teacher
 
@@ -117,14 +118,19 @@ class QuantizedPlayer:
             groups.append({"params": steps, "lr": relative, "weight_decay": 0.0})
         self.optimizer: torch.optim.Optimizer
         if settings.optimizer == "adam":
-            on_gpu = all(parameter.is_cuda for parameter in self.parameters)
-            self.optimizer = torch.optim.Adam(groups, fused=on_gpu or None)
+            self.optimizer = torch.optim.Adam(groups, fused=True)
         else:
-            self.optimizer = torch.optim.SGD(groups, lr=rate, momentum=0.9, nesterov=True)
+            self.optimizer = torch.optim.SGD(groups, lr=rate, momentum=0.9, nesterov=True, fused=True)
+            for parameter in self.parameters:  # a first step that is left out would leave them to chance
+                self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self._units = list(prepared.weight_units()) if settings.optimizer == "adam" else []
-        self.skipped = 0
-        """Updates left out, for their gradients were not finite."""
+        self._skipped: int | Tensor = 0
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
+
+    @property
+    def skipped(self) -> int:
+        """Updates left out, for their gradients were not finite."""
+        return int(self._skipped)
 
     @property
     def rates(self) -> str:
@@ -174,14 +180,14 @@ class QuantizedPlayer:
         features = feature_loss([self._of_p[name] for name in names], [self._of_q[name] for name in names])
         return loss + self.feature_weight * features
 
-    def learn(self, images: Tensor, size: int | None = None) -> float:
+    def learn(self, images: Tensor, size: int | None = None) -> Tensor:
         """One update from a batch of images; the loss on it.
 
         Args:
             images: (N, C, H, W).
             size: images whose graph is kept at a time; None: all. Graphs of large images are what fills the memory.
         """
-        total = 0.0
+        total = images.new_zeros(())
         gradients: list[Tensor | None] = [None] * len(self.parameters)
         for piece in images.split(size or len(images)):
             z_p = self.answers(piece)
@@ -191,7 +197,7 @@ class QuantizedPlayer:
                 old if more is None else more if old is None else old + more
                 for old, more in zip(gradients, found, strict=True)
             ]
-            total += loss.item()
+            total += loss.detach()
         self.update(gradients)
         return total
 
@@ -200,20 +206,13 @@ class QuantizedPlayer:
 
         A division by an activation that was rounded to zero makes them so.
         """
-        known = [gradient for gradient in gradients if gradient is not None]
-        if not bool(torch.isfinite(nn.utils.get_total_norm(known))):
-            self.skipped += 1
-            return
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * self._decay()
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = gradient
         before = [parameter.detach().clone() for parameter in self.parameters[: len(self._units)]]
-        self.optimizer.step()
+        self._skipped += finite_step(self.optimizer, self.parameters, gradients)
         with torch.no_grad():
             for parameter, old, unit in zip(self.parameters, before, self._units, strict=False):
                 parameter.copy_(torch.addcmul(old, parameter - old, unit))
-        self.optimizer.zero_grad(set_to_none=True)
         if self._means is not None:
             self._means.follow()
 

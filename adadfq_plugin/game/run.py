@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -21,6 +21,7 @@ from adadfq_plugin.game.pool import ReplayPool, augment, mixed
 from adadfq_plugin.game.quantized import QuantizedPlayer, feature_weight, in_pieces
 from adadfq_plugin.game.rounding import round_weights
 from adadfq_plugin.history import History
+from adadfq_plugin.transfers import Figures, fetched, sent
 
 __all__ = ["Run"]
 
@@ -59,6 +60,8 @@ class Run:
         self.notes: list[str] = []
         self.warnings: list[str] = []
         self.seconds: dict[str, float] = {}
+        self._told: Callable[[], None] | None = None
+        """The report that a GPU may still be at work for."""
         self._done: list[str] = []
         """How much of each phase there was, for the notes."""
 
@@ -66,12 +69,28 @@ class Run:
     def _timed(self, phase: str) -> Iterator[None]:
         start = time.monotonic()
         yield
+        self._tell_last()
         self.seconds[phase] = time.monotonic() - start
 
-    def _report(self, phase: str, step: int, total: int, figures: dict[str, float]) -> None:
-        if figures:
-            self.history.record(phase, step, figures)
-        self.task.progress(phase, step, total, figures)
+    def _report(self, phase: str, step: int, total: int, figures: Figures) -> None:
+        """Tells a step's figures; where a GPU has to be waited for, once it has the next step to do."""
+        wait = fetched(figures)
+
+        def tell() -> None:
+            numbers = wait()
+            if numbers:
+                self.history.record(phase, step, numbers)
+            self.task.progress(phase, step, total, numbers)
+
+        self._tell_last()
+        self._told = tell
+        if self.task.device.type != "cuda":
+            self._tell_last()
+
+    def _tell_last(self) -> None:
+        if self._told is not None:
+            tell, self._told = self._told, None
+            tell()
 
     def player(self) -> GeneratorPlayer:
         """A fresh generator for the task's teacher."""
@@ -95,7 +114,7 @@ class Run:
     def make_samples(self, player: GeneratorPlayer) -> None:
         """Fills the pool with images that G made and that were then refined."""
 
-        def draw() -> tuple[Tensor, Tensor, Mapping[str, float]]:
+        def draw() -> tuple[Tensor, Tensor, Figures]:
             pace = self.plan.pace("samples")
             made = player.kept(prior, pace)
             lengths.append(pace.step)
@@ -109,7 +128,7 @@ class Run:
         steps = f"{fewest} to {most}" if fewest < most else f"{most}"
         self._done.append(f"{steps} on each of its images themselves")
 
-    def fill(self, draw: Callable[[], tuple[Tensor, Tensor, Mapping[str, float]]]) -> None:
+    def fill(self, draw: Callable[[], tuple[Tensor, Tensor, Figures]]) -> None:
         """Draws batches of images, labels and figures until the pool is full; some of each judge Q's states instead."""
         judged = (self._trains or self._rounds) and self.task.settings.keep_best
         apart: list[Tensor] = []
@@ -125,7 +144,7 @@ class Run:
                 apart.append(images[~learned])
                 missing = self.plan.samples - len(self.pool)
                 self.pool.add(images[learned][:missing], labels[learned][:missing])
-                self._report("samples", len(self.pool), self.plan.samples, dict(figures))
+                self._report("samples", len(self.pool), self.plan.samples, figures)
         self.held_out = torch.cat(apart)
 
     @property
@@ -137,9 +156,10 @@ class Run:
         return self.task.prepared.trainable and self.task.settings.rounding == "compensated"
 
     @torch.no_grad()
-    def answered(self, images: Tensor) -> tuple[Tensor, Tensor, Mapping[str, float]]:
+    def answered(self, images: Tensor) -> tuple[Tensor, Tensor, Figures]:
         """Images that nobody labelled, as a batch for :meth:`fill`: P's own answers are their labels."""
-        return images, self.task.teacher(images.to(self.task.device)).argmax(1), {}
+        images = sent(images, self.task.device)
+        return images, self.task.teacher(images).argmax(1), {}
 
     def observe(self) -> None:
         """The observers see the pool; then the ranges are set, and the weights rounded to make up for each other."""
@@ -236,11 +256,10 @@ class Run:
 
     def _best(self, parameters: Sequence[nn.Parameter]) -> BestState:
         task = self.task
-        images = self.held_out.to(task.device)
-        return BestState(task.prepared, task.teacher, images, parameters, task.settings.temperature)
+        return BestState(task.prepared, task.teacher, self.held_out, parameters, task.settings.temperature)
 
     @contextmanager
-    def _judged(self, learner: QuantizedPlayer, pace: Pace) -> Iterator[Callable[[], Mapping[str, float]]]:
+    def _judged(self, learner: QuantizedPlayer, pace: Pace) -> Iterator[Callable[[], Figures]]:
         """What to ask after each step for figures of Q's state; at the end, training that did harm is taken back."""
         if not len(self.held_out):
             yield dict
@@ -263,15 +282,14 @@ class Run:
             )
 
     def _shown(self, images: Tensor) -> Tensor:
-        """Samples on the device, as the network sees them."""
-        images = images.to(self.task.device)
+        """Samples as the network sees them."""
         return augment(images, self.rng) if self.views else images
 
     def _is_round(self, step: int) -> bool:
         settings = self.task.settings
         return isinstance(settings, AdaDFQSettings) and (step - 1) % settings.generator_interval == 0
 
-    def _round(self, player: GeneratorPlayer, learner: QuantizedPlayer) -> dict[str, float]:
+    def _round(self, player: GeneratorPlayer, learner: QuantizedPlayer) -> Figures:
         """G moves on its newest batch. Q learns from the pool, which takes the batch in once it is refined.
 
         Without replay Q moves on the batch as it is.
@@ -299,9 +317,9 @@ class Run:
         player.update(for_g)
         learner.update(for_q)
         self.pool.add(images, labels)
-        return {**figures, "loss": loss.item()}
+        return {**figures, "loss": loss.detach()}
 
-    def _lesson(self, learner: QuantizedPlayer, player: GeneratorPlayer | None) -> dict[str, float]:
+    def _lesson(self, learner: QuantizedPlayer, player: GeneratorPlayer | None) -> Figures:
         """Q moves on kept samples, or on G's newest without replay; some of the batches are mixed."""
         settings = self.task.settings
         if player is not None and isinstance(settings, AdaDFQSettings) and not settings.replay:
@@ -320,6 +338,6 @@ class Run:
         }
         if self._done:
             self.notes.append(f"what was run: {'; '.join(self._done)}")
-        images, labels = self.pool.newest(self.plan.samples)
+        images, labels = (each.cpu() for each in self.pool.newest(self.plan.samples))
         samples = SyntheticDataset(images, labels, self.task.teacher.facts, provenance)
         return Outcome(samples, self.history, self.notes, self.seconds, self.warnings)
