@@ -6,7 +6,9 @@ The only module of the package that imports timm, and it does so when it is aske
 from __future__ import annotations
 
 import pickle
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -130,16 +132,38 @@ def _load_checkpoint(model: nn.Module, path: Path, name: str, remap: bool) -> No
         if len(state) != len(own):
             raise DataError(f"checkpoint {path} has {len(state)} tensors, {name} has {len(own)}")
         state = dict(zip(own, state.values(), strict=True))
+    misfit = _misfit(own, state)
+    if misfit and not remap:
+        with suppress(Exception):  # timm asks for tensors that no other file has
+            renewed = _renewed(model, state, name)
+            if not _misfit(own, renewed):
+                state, misfit = renewed, ""
+    if misfit:
+        raise DataError(f"checkpoint {path} doesn't fit {name}: {misfit}")
+    model.load_state_dict(state)
+
+
+def _misfit(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """The first tensor of a network that a file has in no such shape, or the other way round; nothing where all fit."""
     for key, value in own.items():
         if key not in state:
-            raise DataError(f"checkpoint {path} doesn't fit {name}: it has no tensor {key!r}")
+            return f"it has no tensor {key!r}"
         if state[key].shape != value.shape:
             shapes = f"{tuple(state[key].shape)} in the file and {tuple(value.shape)} in the network"
-            raise DataError(f"checkpoint {path} doesn't fit {name}: tensor {key!r} is {shapes}")
+            return f"tensor {key!r} is {shapes}"
     extra = [key for key in state if key not in own]
-    if extra:
-        raise DataError(f"checkpoint {path} doesn't fit {name}: the network has no tensor {extra[0]!r}")
-    model.load_state_dict(state)
+    return f"the network has no tensor {extra[0]!r}" if extra else ""
+
+
+def _renewed(model: nn.Module, state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """What timm makes of the files that it downloads: of its older versions, or of a network's authors."""
+    import timm.models
+
+    told = dict(getattr(model, "pretrained_cfg", None) or {}).get("architecture")
+    entry = timm.models.model_entrypoint(told or name.partition(".")[0])
+    renew = getattr(sys.modules[entry.__module__], "checkpoint_filter_fn", None)
+    renewed: dict[str, Tensor] = state if renew is None else renew(dict(state), model)
+    return renewed
 
 
 def facts(model: nn.Module, overrides: Mapping[str, Any] | None = None) -> Facts:

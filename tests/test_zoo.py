@@ -186,6 +186,24 @@ def test_a_checkpoint_that_does_not_fit(
     assert str(tmp_path / "net.pt") in str(caught.value)
 
 
+def test_a_checkpoint_of_the_authors_is_read_as_timm_reads_its_downloads(tmp_path: Path) -> None:
+    """Swin's first files have their downsampling at the end of a stage, and the masks of attention as tensors."""
+    name, path = "swin_tiny_patch4_window7_224", tmp_path / "net.pt"
+    small: dict[str, Any] = {"embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2)}
+    with fork_rng(1):
+        state = timm.create_model(name, num_classes=5, **small).state_dict()
+    theirs = {
+        key.replace("layers.1.downsample", "layers.0.downsample").replace("head.fc.", "head."): value
+        for key, value in state.items()
+    }
+    theirs["layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(49, 49)
+    torch.save({"model": theirs}, path)
+    model = zoo.load_model(name, checkpoint=path, num_classes=5, model_kwargs=small)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    with pytest.raises(DataError, match=r"has no tensor 'layers\.1\.downsample\.norm\.weight'"):
+        zoo.load_model(name, checkpoint=path, num_classes=4, model_kwargs=small)
+
+
 @pytest.mark.parametrize("name", ["net.pt", "net.safetensors"])
 @pytest.mark.parametrize("content", [b"", b"no such thing" * 50, None])
 def test_a_checkpoint_that_cannot_be_read(tmp_path: Path, name: str, content: bytes | None) -> None:
