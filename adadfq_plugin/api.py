@@ -122,7 +122,7 @@ def calibrate(
         seed: source of all randomness; the global random state is left alone.
         device: where to run; None: where ``prepared`` is.
         backend: name of the toolkit; None or ``auto``: the one that recognises the model.
-        progress: called after every step.
+        progress: called after every step, on CUDA once the next one has begun.
 
     Raises:
         ModelError: a model that can't be calibrated, with the culprit and the way out.

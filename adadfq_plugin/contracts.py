@@ -25,7 +25,8 @@ from adadfq_plugin.teacher import Teacher
 __all__ = ["Backend", "Method", "Outcome", "Phase", "Prepared", "Progress", "Task"]
 
 Progress = Callable[[str, int, int, Mapping[str, float]], None]
-"""Called as ``progress(phase, step, total, figures)`` after every step; ``step`` counts from 1."""
+"""Called as ``progress(phase, step, total, figures)`` after every step, on CUDA once the next one has begun;
+``step`` counts from 1."""
 
 
 class Phase(enum.Enum):

@@ -204,6 +204,11 @@ class LearnedQuantizer(nn.Module):
         self.quant_min, self.quant_max = quant_min, quant_max
 
     def forward(self, X: Tensor) -> Tensor:
+        if not isinstance(X, Tensor):  # toolkits take every pooling for one that gives a tensor
+            raise ModelError(
+                f"a quantizer stands behind a call that gives a {type(X).__name__} and no tensor, such as a pooling "
+                "with return_indices=True: give that call no QConfig"
+            )
         observing, quantizing = bool(self.observer_enabled), bool(self.fake_quant_enabled)
         if self.limits is not None and (observing or not quantizing):
             X = X.clamp(*self.limits)

@@ -505,3 +505,38 @@ def test_calls_that_write_no_values_are_left_alone() -> None:
 
     opened = FXBackend().open(prepare_qat_fx(Asking().train(), users_mapping(8), EXAMPLE))
     models.observed(opened, models.images(4))
+
+
+class Unpools(nn.Module):
+    """Puts values back where a maximum was taken from."""
+
+    def __init__(self, functional: bool) -> None:
+        super().__init__()
+        self.conv, self.functional = nn.Conv2d(3, 8, 3, padding=1), functional
+        self.pool, self.unpool = nn.MaxPool2d(2, return_indices=True), nn.MaxUnpool2d(2)
+        self.linear = nn.Linear(8, models.CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.conv(x))
+        values, places = F.max_pool2d(x, 2, return_indices=True) if self.functional else self.pool(x)
+        return cast(Tensor, self.linear(self.unpool(values, places).mean((2, 3))))
+
+
+@pytest.mark.parametrize("functional", [False, True])
+def test_a_maximum_that_tells_its_places_stays_in_float(functional: bool) -> None:
+    model = Unpools(functional).eval()
+    prepared = FXBackend().prepare(model, models.SIZE, Scheme())
+    opened, batch = FXBackend().open(prepared), models.images(32)
+    assert any("gives places as well" in line for line in models.told(opened))
+    models.observed(opened, batch)
+    with torch.no_grad(), opened.phase(Phase.EVALUATE):
+        fake, converted = opened.module(batch), opened.convert()(batch)
+    assert (fake - converted).abs().max() < 0.1 * fake.std()
+
+
+def test_a_quantizer_of_several_tensors_is_refused() -> None:
+    prepared = prepare_qat_fx(Unpools(False).train(), users_mapping(8), EXAMPLE)
+    before = models.state(prepared)
+    with pytest.raises(ModelError, match=r"gives a tuple and no tensor.*no QConfig"):
+        adadfq_plugin.calibrate(prepared, input_size=models.SIZE, mean=[0.0] * 3, std=[1.0] * 3)
+    assert models.same(before, models.state(prepared))

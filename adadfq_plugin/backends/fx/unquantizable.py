@@ -58,10 +58,11 @@ def unquantizable(
     """Return the parts of a model that torch.ao would quantize, but whose conversion fails or computes something else.
 
     The model is prepared, converted and run on a copy, on random images, with the quantized engine that is set
-    (``torch.backends.quantized.engine``); parts that fail are left out, until nothing fails. Seven things fail, of
-    which the first four are seen in the graph:
+    (``torch.backends.quantized.engine``); parts that fail are left out, until nothing fails. Eight things fail, of
+    which the first five are seen in the graph:
 
     - a call on an integer tensor (indices, masks), which torch.ao takes for a floating-point one;
+    - a maximum that gives its places as well, and so no tensor to quantize;
     - a sum or product that something is divided by: it is not to be zero, as a rounded one may be;
     - a sum or product of a tensor and a number: torch.ao fake-quantizes what goes in and what comes out at the same
       levels, however far apart the two ranges are, and the integer kernel computes the result without them;
@@ -121,6 +122,9 @@ def _calls_in_float(traced: fx.GraphModule) -> list[CallSite]:
         module = module_of(traced, node)
         if module is not None and _has_layers(module):
             sites.append(CallSite(node.op, name, None, "torch.ao does not look into it"))
+        elif getattr(module, "return_indices", node.kwargs.get("return_indices", False)):
+            place = index if module is None else None
+            sites.append(CallSite(node.op, name, place, "gives places as well, which are no values"))
         gives_tensor = node.op in ("call_function", "call_method") and "dtype" in node.meta
         if gives_tensor and any(map(is_integer, [node, *node.args])):
             sites.append(CallSite(node.op, name, index, "works on integers"))
