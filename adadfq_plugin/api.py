@@ -28,7 +28,7 @@ from adadfq_plugin.contracts import Outcome, Progress, Task
 from adadfq_plugin.dataset import SyntheticDataset
 from adadfq_plugin.errors import BrokenPluginError, SettingsError
 from adadfq_plugin.facts import device_of, find_facts
-from adadfq_plugin.hooks import fork_rng, module_modes, plain_tensors
+from adadfq_plugin.hooks import fork_rng, kept_buffers, module_modes, plain_tensors
 from adadfq_plugin.refusals import checked_run, refuse_other_modules
 from adadfq_plugin.results import Evaluation, Result
 from adadfq_plugin.teacher import make_teacher, refuse_nan
@@ -295,21 +295,27 @@ def evaluate(
     """Top-1 accuracy over labelled images.
 
     Args:
-        model: float, prepared or converted; evaluated in eval mode, and put back.
-        batches: images (N, channels, H, W), normalised, with labels (N,).
+        model: float, prepared or converted; evaluated in eval mode, and left as it was, whatever observes in it.
+        batches: images (N, channels, H, W), normalised, with labels (N,), the numbers of classes.
         device: where the images go; None: where the model is.
         progress: called with the number of images so far.
 
     Raises:
-        SettingsError: no images.
+        SettingsError: no images, or labels that are no numbers of classes.
     """
     right = count = 0
     has_mode = isinstance(model, nn.Module) and hasattr(model, "training")  # frozen TorchScript has none
     modes = module_modes(cast(nn.Module, model), False) if has_mode else nullcontext()
+    buffers = kept_buffers(model) if isinstance(model, nn.Module) else nullcontext()
     where = device or (device_of(model) if isinstance(model, nn.Module) else "cpu")
-    with torch.no_grad(), modes:
+    with torch.no_grad(), modes, buffers:
         for images, labels in batches:
             logits = model(images.to(where)).cpu()
+            if labels.shape != logits.shape[:1] or labels.is_floating_point() or logits.ndim != 2:
+                raise SettingsError(
+                    f"labels of shape {tuple(labels.shape)} ({labels.dtype}) for logits of shape "
+                    f"{tuple(logits.shape)}: labels (N,) are to be the numbers of the classes, logits (N, classes)"
+                )
             answered = ~logits.isnan().any(1)  # NaN would be the largest
             right += int(((logits.argmax(1) == labels.cpu()) & answered).sum())
             count += len(labels)

@@ -77,8 +77,8 @@ def not_the_teacher(teacher: Teacher, prepared: Prepared, *, own: bool = False) 
         expected, found = teacher(images), _answers(twin.module, images)
     if found.shape != expected.shape:
         raise ModelError(
-            f"the prepared model gives {found.shape[-1]} logits, the teacher {expected.shape[-1]}: prepare a copy of "
-            "the teacher itself"
+            f"for {TRIAL} images the prepared model's answers have the shape {tuple(found.shape)}, the teacher's "
+            f"{tuple(expected.shape)}: prepare a copy of the teacher itself"
         )
     least = torch.finfo(torch.float).tiny
     error = float((found - expected).abs().max() / expected.abs().max().clamp_min(least))

@@ -64,6 +64,8 @@ class SyntheticDataset(Dataset[tuple[Tensor, int]]):
         self, images: Tensor, labels: Tensor, facts: Facts, provenance: Mapping[str, Any] | None = None
     ) -> None:
         self._check_shape(images, facts)
+        if labels.is_floating_point():
+            raise ValueError(f"labels are the numbers of classes, not {labels.dtype}")
         if not bool(torch.isfinite(images).all()):
             raise DataError("synthetic images hold NaN or infinity")
         images = images.detach().to("cpu", torch.float32)

@@ -1,5 +1,7 @@
 """Every error that the package raises on purpose: the message names the culprit and the way out."""
 
+from textwrap import shorten
+
 __all__ = [
     "AdaDFQError",
     "BrokenPluginError",
@@ -11,6 +13,9 @@ __all__ = [
     "UntraceableError",
     "first_line",
 ]
+
+LONGEST = 300
+"""Characters of a message that continues on a second line: lists of tensors are long."""
 
 
 class AdaDFQError(Exception):
@@ -63,5 +68,8 @@ def first_line(error: BaseException) -> str:
     Example:
         >>> first_line(ValueError("no such file\nfor reasons")), first_line(KeyError())
         ('no such file', 'KeyError')
+        >>> first_line(RuntimeError("Errors in loading:\n\tsize mismatch for fc\n\tand others"))
+        'Errors in loading: size mismatch for fc'
     """
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    first, *others = (str(error).strip() or type(error).__name__).splitlines()
+    return shorten(f"{first} {others[0].strip()}", LONGEST) if first.endswith(":") and others else first

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from numbers import Integral
 from typing import Any
 
@@ -134,9 +134,11 @@ def _left_by_timm(models: Sequence[nn.Module | None]) -> dict[str, Any]:
     """The ``pretrained_cfg`` of the first of the models that still has one."""
     for model in models:
         config = getattr(model, "pretrained_cfg", None)
-        if config is not None:
-            return dict(config) if isinstance(config, Mapping) else dict(vars(config))
-    return {}
+        if isinstance(config, Mapping):
+            return dict(config)
+        if is_dataclass(config):
+            return dict(vars(config))
+    return {}  # what else has that name is the user's own
 
 
 class _RefusedSizeError(Exception):
@@ -305,7 +307,7 @@ def find_facts(
         raise ModelError(
             f"the model computes in {str(other.dtype).removeprefix('torch.')}; call .float() on it first"
         )
-    metas = [getattr(each, "meta", None) or {} for each in (model, *relatives)]
+    metas = [meta for each in (model, *relatives) if isinstance(meta := getattr(each, "meta", None), dict)]
     kept = next((each[SIZE] for each in metas if SIZE in each), None)
     of_timm = timm.get("input_size")
     known = [each[0] for each in (kept, of_timm) if each]
@@ -343,7 +345,7 @@ def find_facts(
         left = timm.get(name)
         if given is not None:
             constants[name], sources[name] = checked_numbers(name, given, size[0]), "argument"
-        elif left is not None and len(left) != size[0]:
+        elif isinstance(left, Sequence) and len(left) != size[0]:
             constants[name], sources[name] = averaged(left, size[0]), AVERAGED
         elif left is not None:
             constants[name], sources[name] = checked_numbers(name, left, size[0]), "timm"

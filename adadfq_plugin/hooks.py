@@ -85,6 +85,8 @@ def kept_buffers(module: nn.Module) -> Iterator[None]:
             own.update(kept)
         with torch.no_grad():
             for buffer, value in values.items():
+                if buffer.shape != value.shape:  # observers learn the number of channels from what they see
+                    buffer.resize_(value.shape)
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
 

@@ -37,7 +37,7 @@ class Teacher:
     channels_last: bool = False
 
     def __call__(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.model(images)
+        logits: Tensor = self.model(images.clone())  # some normalise their input in place
         return logits
 
     def noise(self, count: int) -> Tensor:

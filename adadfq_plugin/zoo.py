@@ -28,6 +28,8 @@ __all__ = [
     "validation_loader",
 ]
 
+TOLD = ("crop_pct", "img_size", "in_chans", "input_size", "interpolation", "mean", "num_classes", "std")
+"""What can be told of a network's images."""
 UNREAD = (".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2", ".avif", ".heic")
 """Suffixes of images that timm's reader passes over."""
 
@@ -73,6 +75,8 @@ def load_model(
         with fork_rng(0):  # constructors draw from the global generator
             model: nn.Module = timm.create_model(name, pretrained=download, **arguments)
     except Exception as error:  # a download fails in as many ways as there are HTTP libraries
+        if "loading state_dict" in str(error):
+            raise DataError(f"model {name!r}: its weights don't fit: {first_line(error)}") from error
         unsuited = isinstance(error, TypeError | AssertionError | ValueError)
         if local and not isinstance(error, TypeError | AssertionError):
             raise DataError(f"model {name!r} can't be read: {first_line(error)}") from error
@@ -175,11 +179,13 @@ def facts(model: nn.Module, overrides: Mapping[str, Any] | None = None) -> Facts
             ``interpolation``; those that are None don't count.
 
     Raises:
-        SettingsError: an override that doesn't fit the others (three means for one channel).
+        SettingsError: an override of no known name, or one that doesn't fit the others (three means for one channel).
         ModelError: nobody says how many classes there are, or a mean or deviation is out of bounds or of another
             number of channels.
     """
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
+    if unknown := sorted(given.keys() - TOLD):
+        raise SettingsError(f"{unknown[0]!r} is nothing that is asked of images{nearest(unknown[0], TOLD)}")
     timm_has = dict(getattr(model, "pretrained_cfg", None) or {})
     told: Sequence[int] = given.get("input_size") or ()
     channels = told[0] if len(told) == 3 else given.get("in_chans")
@@ -188,6 +194,8 @@ def facts(model: nn.Module, overrides: Mapping[str, Any] | None = None) -> Facts
         config = _timm_data().resolve_data_config({"in_chans": 3, **given}, timm_has)
     except AssertionError as error:
         raise SettingsError(f"input_size, mean and std don't fit each other: {given}") from error
+    if min(config["input_size"]) < 1:
+        raise SettingsError(f"images of size {tuple(config['input_size'])} have no pixels")
     classes, classes_source = given.get("num_classes"), "argument"
     if classes is None:
         classes, classes_source = getattr(model, "num_classes", None), "model"

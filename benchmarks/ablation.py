@@ -117,21 +117,23 @@ class Cell:
 
     @property
     def pool(self) -> str:
-        """Name of the pool's file: one for all but those that change its images."""
+        """What the pool's file is named by, beside its making: one for all but those that change its images."""
         own = self.without.replace(" ", "_") if self.ingredient.group == "images" else "all"
-        return f"{self.network}-{self.samples}-{own}-{self.seed}.pt"
+        return f"{self.network}-{self.samples}-{own}-{self.seed}"
 
 
 @contextmanager
 def method(cell: Cell, pools: Path) -> Iterator[None]:
     """AdaDFQ as the cell wants it, for a while; it begins with a pool that was made before, or makes and keeps it."""
-    ingredient, file = cell.ingredient, pools / cell.pool
+    ingredient = cell.ingredient
 
     def calibrate(self: AdaDFQ, task: Task) -> Outcome:
         run = Run(task, views=ingredient.views)
         player = run.player()
+        making = f"{run.plan.warmup}-{run.plan.refine}-{task.device.type}-{commit()}"
+        file = pools / f"{cell.pool}-{making}.pt"
         if file.exists():
-            made = torch.load(file)
+            made = torch.load(file, map_location=task.device)
             run.pool.add(made["images"], made["labels"])
             run.held_out = made["held_out"]
             player.generator.load_state_dict(made["generator"])

@@ -40,9 +40,10 @@ def key(cell: dict[str, Any]) -> str:
     return json.dumps(cell, sort_keys=True)
 
 
-def read(*files: Path) -> dict[str, Row]:
-    """The rows of several files by their keys; those of later files win."""
-    return {key(row["cell"]): row for file in files if file.exists() for row in json.loads(file.read_text())}
+def read(file: Path, *merged: Path) -> dict[str, Row]:
+    """The rows of a file, which need not be there yet, and of others by their keys; those of later files win."""
+    files = [*([file] if file.exists() else []), *merged]
+    return {key(row["cell"]): row for each in files for row in json.loads(each.read_text())}
 
 
 def save(rows: dict[str, Row], file: Path) -> None:

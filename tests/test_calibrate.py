@@ -100,7 +100,9 @@ def test_a_teacher_that_was_not_prepared_is_warned_of() -> None:
 
 
 def test_a_teacher_of_other_classes_is_refused() -> None:
-    with pytest.raises(ModelError, match="the prepared model gives 5 logits, the teacher 7: prepare a copy"):
+    with pytest.raises(
+        ModelError, match=r"answers have the shape \(4, 5\), the teacher's \(4, 7\): prepare a copy"
+    ):
         adadfq_plugin.calibrate(
             models.prepared(), teacher=models.trained(classes=7), settings=QUICK_G, **TOLD
         )
@@ -703,6 +705,57 @@ def test_evaluate_counts() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("shape", [(8, 1), (8, models.CLASSES), (1,)])
+def test_labels_that_are_no_classes_are_refused(shape: tuple[int, ...]) -> None:
+    batch, labels = models.images(8), torch.zeros(shape, dtype=torch.int64)
+    with pytest.raises(SettingsError, match=r"labels of shape .* for logits of shape \(8, 5\)"):
+        adadfq_plugin.evaluate(models.trained(), [(batch, labels)])
+    with pytest.raises(SettingsError, match=r"float32"):
+        adadfq_plugin.evaluate(models.trained(), [(batch, torch.zeros(8))])
+
+
+def test_observers_learn_nothing_from_labelled_images() -> None:
+    mapping = get_default_qconfig_mapping("x86")
+    prepared = prepare_fx(models.trained(), mapping, (torch.zeros(2, *models.SIZE),))
+    with torch.no_grad():
+        prepared(models.images(16))
+    fresh = prepare_fx(models.trained(), mapping, (torch.zeros(2, *models.SIZE),))
+    for model in (prepared, fresh):
+        before = models.state(model)
+        adadfq_plugin.evaluate(model, [(9 * models.images(16), torch.zeros(16, dtype=torch.int64))])
+        assert models.same(before, models.state(model))
+
+
+class _InPlace(models.Residual):
+    """Normalises its images itself, where they are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x -= 0.1
+        x *= 2
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("backend", ["fx", "pt2e"])
+def test_a_network_may_overwrite_its_images(backend: str) -> None:
+    if backend == "pt2e":
+        pytest.importorskip("torchao")
+    model = _InPlace()
+    model.load_state_dict(models.trained().state_dict())
+    result = adadfq_plugin.quantize(model.eval(), backend=backend, settings=quick("adadfq"), **TOLD)
+    assert result.fidelity is not None
+    assert result.fidelity > 0.95
+    assert not result.warnings
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("meta", nn.Parameter(torch.ones(2))), ("pretrained_cfg", "imagenet.pth")]
+)
+def test_attributes_of_the_users_own_are_none_of_timms(name: str, value: Any) -> None:
+    model = models.trained()
+    setattr(model, name, value)
+    assert find_facts(model, input_size=models.SIZE).sources["mean"] == "guess: ImageNet's"
+
+
 def test_evaluate_takes_scripted_networks_in_any_mode() -> None:
     batch = models.images(10)
     network = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.AdaptiveAvgPool2d(1), nn.Flatten())

@@ -21,6 +21,7 @@ import timm
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from safetensors.torch import save_file
 
 from adadfq_plugin import api, errors
 from adadfq_plugin.cli import job, main
@@ -629,6 +630,32 @@ def test_a_line_for_each_phase_where_nobody_watches(capsys: pytest.CaptureFixtur
         bars("game", 1, 5, {})
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition(",")[0] for line in lines] == ["warmup: 3/3", "game: 1/5"]
+
+
+def test_each_phase_has_its_own_time(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("adadfq_plugin.cli.progress.time.perf_counter", lambda: now)
+    with Bars(terminal=False) as bars:
+        for at, phase, step in [
+            *((1, "load", 0), (4, "load", 1), (9, "game", 1), (11, "game", 2)),
+            *((20, "write", 0), (22, "write", 1), (30, "", 0)),
+        ]:
+            now = at
+            bars(phase, step, 2, {})
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["load: 1/2, 3.0 s", "game: 2/2, 7.0 s", "write: 1/2, 2.0 s"]
+
+
+def test_the_weights_are_not_replaced_by_the_images(given: Given, tmp_path: Path) -> None:
+    weights = tmp_path / "net.safetensors"
+    with fork_rng(0):
+        save_file(timm.create_model(NAME, num_classes=10).state_dict(), weights)
+    before = weights.read_bytes()
+    words = (NAME, "--checkpoint", weights, "--num-classes", 10, *SMALL, *GENERATOR, "-n", 2, "--force")
+    refused(5, "--checkpoint.*would be replaced", "synthesize", *words, "-o", weights)
+    assert weights.read_bytes() == before
 
 
 def test_bars_with_the_time_left_where_somebody_does(

@@ -344,3 +344,8 @@ def test_a_link_stays_and_the_current_folder_is_refused(
     for place in (".", "..", tmp_path / "link"):
         with pytest.raises(OutputError, match="in use"):
             check_folder(place, replace="new")
+
+
+def test_labels_are_whole_numbers() -> None:
+    with pytest.raises(ValueError, match=r"numbers of classes, not torch\.float32"):
+        SyntheticDataset(torch.zeros(1, 3, 4, 4), torch.tensor([0.9]), Facts((3, 4, 4), 10))

@@ -544,10 +544,52 @@ def test_a_fixed_batch_is_refused_where_it_matters() -> None:
         prepare_qat_pt2e(exported(FixedBatch().eval(), dynamic=False), quantizer),
         r"batches of exactly 2 images.*at least 2 images and dynamic_shapes=\(\{0: torch.export.Dim.AUTO\},\)",
     )
+
+    class Token(models.Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            logits = super().forward(x)
+            return logits + torch.zeros(1, 1).expand(len(x), -1)
+
+    with pytest.raises(ModelError, match=r"exactly 2 images.*x\.shape\[0\]"):
+        adadfq_plugin.quantize(Token().eval(), backend="pt2e", **TOLD)
     # where no operator holds the number, any batch will do
     prepared = prepare_qat_pt2e(exported(plain(), dynamic=False), SchemeQuantizer(Scheme()))
     adadfq_plugin.calibrate(prepared, **TOLD)
     faithful(prepared, models.images(5))
+
+
+class Shared(nn.Module):
+    """A convolution called twice, with a BatchNorm behind one of the calls or each."""
+
+    def __init__(self, norms: int) -> None:
+        super().__init__()
+        self.first, self.conv = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(norms))
+        for norm in self.norms:
+            nn.init.uniform_(cast(Tensor, norm.running_mean))
+        self.linear = nn.Linear(8, models.CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norms[0](self.conv(self.first(x))))
+        x = self.conv(x)
+        for norm in list(self.norms)[1:]:
+            x = norm(x)
+        return cast(Tensor, self.linear(x.mean((2, 3))))
+
+
+@pytest.mark.parametrize("norms", [1, 2])
+def test_each_call_of_a_shared_layer_is_quantized(norms: int) -> None:
+    model = Shared(norms).eval()
+    before = models.state(model)
+    result = adadfq_plugin.quantize(
+        model, backend="pt2e", scheme={"weight_bits": 4}, input_size=models.SIZE, **TOLD
+    )
+    converted: Any = result.quantized
+    weights = [node.args[1] for node in converted.graph.nodes if node.target is torch.ops.aten.conv2d.default]
+    assert len(weights) == 3
+    assert all("dequantize" in str(weight.target) for weight in weights)
+    assert result.integer_macs == result.macs
+    assert models.same(before, models.state(model))
 
 
 def test_refusals_name_the_culprit() -> None:

@@ -214,6 +214,24 @@ def test_a_checkpoint_that_cannot_be_read(tmp_path: Path, name: str, content: by
         zoo.load_model(NAME, checkpoint=path)
 
 
+def test_weights_of_a_folder_that_do_not_fit(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    config = {"architecture": NAME, "num_classes": 10, "pretrained_cfg": {"num_classes": 10}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.save(
+        {key: value for key, value in state.items() if key != "bn1.weight"}, tmp_path / "pytorch_model.bin"
+    )
+    with pytest.raises(DataError, match=r"weights don't fit: .*Missing key.*bn1\.weight"):
+        zoo.load_model(f"local-dir:{tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("told", "said"), [({"imgsize": 48}, "did you mean 'img_size'"), ({"img_size": -3}, "have no pixels")]
+)
+def test_facts_that_are_none(told: dict[str, Any], said: str) -> None:
+    with pytest.raises(SettingsError, match=said):
+        zoo.facts(zoo.load_model(NAME, pretrained=False), told)
+
+
 def test_a_truncated_checkpoint(tmp_path: Path, state: dict[str, Tensor]) -> None:
     torch.save(state, tmp_path / "net.pt")
     data = (tmp_path / "net.pt").read_bytes()

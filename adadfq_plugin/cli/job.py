@@ -62,7 +62,7 @@ class Images:
 
 def load(network: Network) -> tuple[nn.Module, Facts, str]:
     """The network, what is known of its images, and how timm crops them."""
-    given = network.model_dump(exclude={"name", "checkpoint", "model_kwargs"}, exclude_none=True)
+    given = network.model_dump(exclude={"name", "checkpoint", "crop_mode", "model_kwargs"}, exclude_none=True)
     if (channels := (network.model_kwargs or {}).get("in_chans")) is not None:
         given["in_chans"] = channels
     if network.name.startswith(DEMO):
@@ -168,6 +168,7 @@ def synthesize(plan: Plan, output: Path, count: int, *, force: bool, bars: Bars)
     api.method_settings(api.methods().get(plan.run.method), plan.settings, plan.run.preset)
     _refuse_file(output, force)
     SyntheticDataset.check_path(output, replace=force)
+    _refuse_inputs_in(output, plan, None)
     bars("load", 0, 1, {})
     model, facts, _ = load(plan.network)
     bars("load", 1, 1, {})

@@ -38,7 +38,7 @@ class Bars:
         self._tasks: dict[str, TaskID] = {}
         self._phase = ""
         self._count = ""
-        self._began = time.perf_counter()
+        self._began = self._last = time.perf_counter()
 
     def __enter__(self) -> Bars:
         if self._bars is not None:
@@ -63,16 +63,19 @@ class Bars:
                 self._bars.start_task(task)
             shown = "  ".join(f"{name} {value:.4g}" for name, value in list(figures.items())[:3])
             self._bars.update(task, completed=step, total=total, figures=shown)
-        elif step:
+        else:
             if phase != self._phase:
                 self._end_phase()
-            self._phase, self._count = phase, f"{step}/{total}"
+            if step:
+                self._phase, self._count, self._last = phase, f"{step}/{total}", time.perf_counter()
+            else:
+                self._began = time.perf_counter()
 
     def _end_phase(self) -> None:
-        now = time.perf_counter()
+        """A phase takes the time from its announcement, or else from the end of the one before it, to its last step."""
         if self._phase:
-            click.echo(f"{self._phase}: {self._count}, {now - self._began:.1f} s", err=True)
-            self._began = now
+            click.echo(f"{self._phase}: {self._count}, {self._last - self._began:.1f} s", err=True)
+            self._began = self._last
         self._phase = ""
 
 

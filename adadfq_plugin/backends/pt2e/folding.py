@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,15 @@ from adadfq_plugin.backends.pt2e.graphs import (
     value_of,
 )
 
-__all__ = ["BN_EPS", "CONVOLUTIONS", "TRANSPOSED", "absorb_eps", "float_copy", "fold_batch_norm"]
+__all__ = [
+    "BN_EPS",
+    "CONVOLUTIONS",
+    "TRANSPOSED",
+    "absorb_eps",
+    "float_copy",
+    "fold_batch_norm",
+    "separate_layers",
+]
 
 BN_EPS = "adadfq_bn_eps"
 """Key of ``meta``: the epsilon that was absorbed into each running variance, by its name."""
@@ -217,6 +226,30 @@ def _replace_weight(model: GraphModule, layer: Node, weight: Node) -> None:
     user.update_arg(0, weight)
     for quantizer in reversed(chain):  # they may stand before the new parameter
         layer.prepend(quantizer)
+
+
+def separate_layers(model: GraphModule) -> None:
+    """Gives each of several layers that share a weight one of its own where a BatchNorm stands behind any; in place.
+
+    torchao merges that layer with its BatchNorm, and forgets the quantizer of the shared weight for the others.
+    """
+    sharing: dict[Node, list[Node]] = {}
+    for node in model.graph.nodes:
+        if node.target in (*CONVOLUTIONS, *TRANSPOSED, LINEAR) and node.args[1].op == "get_attr":
+            sharing.setdefault(node.args[1], []).append(node)
+    for layers in sharing.values():
+        if not any(user.target is BATCH_NORM for layer in layers for user in layer.users):
+            continue
+        for layer, place in itertools.product(layers[1:], (1, 2)):
+            shared: Any = layer.args[place] if len(layer.args) > place else None
+            if shared is not None and shared.op == "get_attr":
+                tensor = tensor_at(model, str(shared.target))
+                path = set_tensor(model, str(shared.target), tensor.detach().clone(), tensor.requires_grad)
+                with model.graph.inserting_before(layer):
+                    own = model.graph.get_attr(path)
+                own.meta = dict(shared.meta)
+                layer.update_arg(place, own)
+    model.recompile()
 
 
 def absorb_eps(model: GraphModule) -> None:

@@ -115,9 +115,9 @@ class PT2EPrepared:
     def _refuse_fixed_batch(self) -> None:
         """Graphs whose batch size is a constant somewhere can't be calibrated with batches of any other."""
         shape = input_size(self.module)
-        if not shape or not isinstance(shape[0], int):
+        if not shape:
             return
-        batch = shape[0] + 1
+        batch = shape[0] + 1 if isinstance(shape[0], int) else 3  # the example has two where it may vary
         where = next((each.device for each in self.module.parameters()), torch.device("cpu"))
         try:
             with torch.no_grad(), self.phase(Phase.FLOAT):
@@ -127,8 +127,9 @@ class PT2EPrepared:
             takes_any = False
         if not takes_any:
             raise ModelError(
-                f"the model was exported for batches of exactly {shape[0]} images; export it with an example of "
-                "at least 2 images and dynamic_shapes=({0: torch.export.Dim.AUTO},)"
+                f"the exported model takes batches of exactly {shape[0]} images: export it with an example of at least "
+                "2 images and dynamic_shapes=({0: torch.export.Dim.AUTO},), and read the size of a batch in forward as "
+                "x.shape[0], for torch.export makes a constant of len(x)"
             )
 
     def _learn_quantizers(self) -> None:
