@@ -623,6 +623,20 @@ def test_options_come_before_the_file(tmp_path: Path) -> None:
         plan({}, None)
 
 
+def test_another_method_leaves_out_what_it_has_no_setting_for(tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    values = {
+        "network": {"name": NAME},
+        "run": {"method": "adadfq"},
+        "settings": {"latent_dim": 8, "samples": 9},
+    }
+    file.write_text(to_toml(values))
+    assert plan({}, file).settings == {"latent_dim": 8, "samples": 9}
+    assert plan({"method": "noise"}, file).settings == {"samples": 9}
+    file.write_text(to_toml({**values, "settings": {"latent_dims": 8}}))
+    assert plan({"method": "noise"}, file).settings == {"latent_dims": 8}  # which the method refuses
+
+
 def test_a_line_for_each_phase_where_nobody_watches(capsys: pytest.CaptureFixture[str]) -> None:
     with Bars(terminal=False) as bars:
         for step in range(1, 4):

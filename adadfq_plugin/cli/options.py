@@ -240,6 +240,7 @@ def plan(values: Mapping[str, Any], config: Path | None) -> Plan:
             raise SettingsError(f"{config}: {section} must be a section, [{section}]")
         told[section].update(table)
     of_file, told["settings"] = told["settings"], {}
+    method_of_file = told["run"].get("method")
     if values.get("img_size") or values.get("input_size"):  # each says what the other says
         for name in ("img_size", "input_size"):
             told["network"].pop(name, None)
@@ -253,11 +254,14 @@ def plan(values: Mapping[str, Any], config: Path | None) -> Plan:
     if not network.name:
         raise SettingsError("which network? Give its NAME, or a --config that has it")
     run = build(Run, told["run"])
-    if preset := values.get("preset"):  # given here, it comes before what the file sets
+    preset = values.get("preset")
+    if preset or method_of_file not in (None, run.method):  # given here, they come before what the file sets
         from adadfq_plugin import api  # the help loads no torch
 
-        known = api.methods().get(run.method).presets.get(preset, {})
-        of_file = {name: value for name, value in of_file.items() if name not in known}
+        method = api.methods().get(run.method)
+        known = method.presets.get(preset, {}) if preset else {}
+        anothers = AdaDFQSettings.model_fields.keys() - method.settings.model_fields.keys()
+        of_file = {name: value for name, value in of_file.items() if name not in {*known, *anothers}}
     settings = {**of_file, **told["settings"]}
     return Plan(network=network, run=run, scheme=build(Scheme, told["scheme"]), settings=settings)
 
