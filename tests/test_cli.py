@@ -625,7 +625,7 @@ def test_options_come_before_the_file(tmp_path: Path) -> None:
 
 def test_another_method_leaves_out_what_it_has_no_setting_for(tmp_path: Path) -> None:
     file = tmp_path / "settings.toml"
-    values = {
+    values: dict[str, Any] = {
         "network": {"name": NAME},
         "run": {"method": "adadfq"},
         "settings": {"latent_dim": 8, "samples": 9},
