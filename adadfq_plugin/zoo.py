@@ -5,6 +5,7 @@ The only module of the package that imports timm, and it does so when it is aske
 
 from __future__ import annotations
 
+import os
 import pickle
 import sys
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,8 @@ __all__ = [
 
 TOLD = ("crop_pct", "img_size", "in_chans", "input_size", "interpolation", "mean", "num_classes", "std")
 """What can be told of a network's images."""
-UNREAD = (".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2", ".avif", ".heic")
+COUNTER = ".num_batches_tracked"
+UNREAD = (".jfif", ".jpe", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2", ".avif", ".heic")
 """Suffixes of images that timm's reader passes over."""
 
 
@@ -144,15 +146,16 @@ def _load_checkpoint(model: nn.Module, path: Path, name: str, remap: bool) -> No
                 state, misfit = renewed, ""
     if misfit:
         raise DataError(f"checkpoint {path} doesn't fit {name}: {misfit}")
-    model.load_state_dict(state)
+    counters = {key: value for key, value in own.items() if key.endswith(COUNTER)}
+    model.load_state_dict({**counters, **state})
 
 
 def _misfit(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
     """The first tensor of a network that a file has in no such shape, or the other way round; nothing where all fit."""
     for key, value in own.items():
-        if key not in state:
+        if key not in state and not key.endswith(COUNTER):  # which files of old or of conversions lack
             return f"it has no tensor {key!r}"
-        if state[key].shape != value.shape:
+        if state.get(key, value).shape != value.shape:
             shapes = f"{tuple(state[key].shape)} in the file and {tuple(value.shape)} in the network"
             return f"tensor {key!r} is {shapes}"
     extra = [key for key in state if key not in own]
@@ -313,7 +316,16 @@ def _refuse_uncounted(folder: Path, reader: Any, indices: Mapping[str, Any], num
             raise DataError(
                 f"{folder}: sub-folder {name!r} is of class {index!r}, the network has {num_classes} classes"
             )
-    unread = sorted(each for each in Path(reader.root).rglob("*") if each.suffix.lower() in UNREAD)
+    for path, _ in reader.samples:
+        if len(Path(path).relative_to(reader.root).parts) > 2:
+            raise DataError(
+                f"{path} lies deeper than in one sub-folder a class: timm would take the innermost folder for its "
+                f"class; move it up, or name the folder that the classes lie in instead of {folder}"
+            )
+    files = (
+        Path(where, name) for where, _, names in os.walk(reader.root, followlinks=True) for name in names
+    )
+    unread = sorted(file for file in files if file.suffix.lower() in UNREAD)
     if unread:
         raise DataError(
             f"{len(unread)} images of {folder} would not be counted, {unread[0].name} the first: timm reads "

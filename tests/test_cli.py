@@ -623,6 +623,22 @@ def test_options_come_before_the_file(tmp_path: Path) -> None:
         plan({}, None)
 
 
+@pytest.mark.parametrize("command", ["quantize", "evaluate"])
+def test_a_size_that_the_network_does_not_take_is_refused_before_any_image(
+    given: Given, tmp_path: Path, command: str
+) -> None:
+    words = (command, *given.bare[:1], "--num-classes", 10, "--checkpoint", given.checkpoint)
+    output = ("-o", tmp_path / "out") if command == "quantize" else ()
+    refused(3, "does not take images", *words, "--input-size", 1, 32, 32, "--val", given.images, *output)
+
+
+@pytest.mark.parametrize("value", [3, [3]])
+def test_arguments_of_a_network_in_another_form_are_refused(tmp_path: Path, value: Any) -> None:
+    (tmp_path / "net.toml").write_text(to_toml({"network": {"name": NAME, "model_kwargs": value}}))
+    with pytest.raises(SettingsError, match=r"net\.toml: model_kwargs = .* is no table"):
+        plan({}, tmp_path / "net.toml")
+
+
 def test_another_method_leaves_out_what_it_has_no_setting_for(tmp_path: Path) -> None:
     file = tmp_path / "settings.toml"
     values: dict[str, Any] = {

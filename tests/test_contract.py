@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import resource
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -544,6 +545,19 @@ def test_calibrate_is_in_place_repeatable_and_convertible(backend: Backend, netw
     with torch.no_grad():
         fake, converted = quiet(first)(batch), converted_by_toolkit(backend, first)(batch)
     assert (fake.argmax(1) == converted.argmax(1)).float().mean() >= 0.98
+
+
+def test_a_full_disk_is_an_error_that_python_knows(backend: Backend, tmp_path: Path) -> None:
+    model = prepared(backend, bits=8)
+    adadfq_plugin.calibrate(model, **TOLD)
+    converted = converted_by_toolkit(backend, model)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            backend.save(converted, torch.zeros(2, *models.SIZE), tmp_path / "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -214,6 +214,21 @@ def test_a_checkpoint_that_cannot_be_read(tmp_path: Path, name: str, content: by
         zoo.load_model(NAME, checkpoint=path)
 
 
+def test_a_checkpoint_without_counters_is_loaded(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    torch.save({key: value for key, value in state.items() if "num_batches" not in key}, tmp_path / "net.pt")
+    model = zoo.load_model(NAME, checkpoint=tmp_path / "net.pt", num_classes=10)
+    assert all(torch.equal(model.state_dict()[key], state[key]) for key in state if "num_batches" not in key)
+
+
+def test_images_below_the_folders_of_the_classes_are_refused(tmp_path: Path) -> None:
+    for place in ("cat/1", "dog/0"):
+        (tmp_path / place).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / place / "a.png")
+    facts = Facts((3, 8, 8), 2, (0.5,) * 3, (0.5,) * 3)
+    with pytest.raises(DataError, match=r"a\.png lies deeper than in one sub-folder a class"):
+        zoo.validation_loader(tmp_path, facts)
+
+
 def test_weights_of_a_folder_that_do_not_fit(tmp_path: Path, state: dict[str, Tensor]) -> None:
     config = {"architecture": NAME, "num_classes": 10, "pretrained_cfg": {"num_classes": 10}}
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -21,7 +21,7 @@ from adadfq_plugin.contracts import Backend
 from adadfq_plugin.dataset import SyntheticDataset, facts_from_json
 from adadfq_plugin.demo import demo_model
 from adadfq_plugin.errors import DataError, OutputError, SettingsError
-from adadfq_plugin.facts import Facts
+from adadfq_plugin.facts import Facts, find_facts
 from adadfq_plugin.files import atomic_folder, check_folder
 from adadfq_plugin.labelled import ValidationLoader
 from adadfq_plugin.refusals import checked_run
@@ -78,6 +78,7 @@ def load(network: Network) -> tuple[nn.Module, Facts, str]:
             model_kwargs=network.model_kwargs,
         )
     facts = zoo.facts(model, given)
+    find_facts(model, input_size=facts.input_size)  # refuses a size that the network doesn't take
     if network.checkpoint:  # timm's record is of weights that nobody asked for
         guess = f"guess: timm's of {network.name}; the checkpoint tells nothing"
         sources = {name: guess if source == "timm" else source for name, source in facts.sources.items()}

@@ -249,6 +249,8 @@ def plan(values: Mapping[str, Any], config: Path | None) -> Plan:
         told[section].update(given)
     pairs = told["network"].get("model_kwargs", {})
     if not isinstance(pairs, dict):
+        if not isinstance(pairs, list | tuple) or not all(isinstance(each, str) for each in pairs):
+            raise SettingsError(f"{config}: model_kwargs = {pairs!r} is no table, nor texts KEY=VALUE")
         told["network"]["model_kwargs"] = dict(_pair(text) for text in pairs)
     network = build(Network, told["network"])
     if not network.name:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-import tempfile
+import io
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO
 from zipfile import ZIP_DEFLATED, BadZipFile, ZipFile
 
 import torch
@@ -55,7 +56,7 @@ def _is_torchao(module: nn.Module) -> bool:
     return any(base.__module__.startswith("torchao.") for base in type(module).__mro__)
 
 
-def _compress(source: Path, target: Path) -> None:
+def _compress(source: IO[bytes], target: Path) -> None:
     """Deflates an archive, as torch.jit does for its code alone: zero points take 8 bytes a channel, mostly zeros."""
     with ZipFile(source) as old, ZipFile(target, "w", ZIP_DEFLATED) as new:
         for item in old.infolist():
@@ -156,9 +157,9 @@ class FXBackend:
         with warnings.catch_warnings(), torch.no_grad(), using_engine(engine):
             warnings.simplefilter("ignore")  # torch.jit announces its retirement at every call
             script = torch.jit.freeze(torch.jit.trace(converted.eval(), example, check_trace=False))
-            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-                torch.jit.save(script, f"{folder}/model.pt", _extra_files={ENGINE: engine})
-                _compress(Path(folder, "model.pt"), path)
+            stream = io.BytesIO()  # torch's own writer ends the process where a disk is full
+            torch.jit.save(script, stream, _extra_files={ENGINE: engine})
+            _compress(stream, path)
 
     def load(self, path: Path) -> nn.Module:
         """What ``save`` wrote, for the kernels of the engine that it was prepared for.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import io
 import warnings
 from pathlib import Path
 from typing import Any
@@ -177,8 +178,9 @@ class PT2EBackend:
             for node in program.graph.nodes:
                 for key in ("stack_trace", "from_node", "nn_module_stack"):
                     node.meta.pop(key, None)
-            with path.open("wb") as file:
-                torch.export.save(program, file)
+            stream = io.BytesIO()  # torch's own writer ends the process where a disk is full
+            torch.export.save(program, stream)
+            path.write_bytes(stream.getbuffer())
 
     def load(self, path: Path) -> nn.Module:
         """What ``save`` wrote.
