@@ -162,10 +162,10 @@ class GeneratorPlayer:
             return facts.from_standard(coloured(white, fall))
 
         figures: Figures = {}
-        rate = self._refine_rate
-        optimizer = torch.optim.Adam([white], lr=rate, betas=(0.5, 0.999), fused=True)
+        optimizer = torch.optim.Adam([white], lr=self._refine_rate, betas=(0.5, 0.999), fused=True)
         for _ in pace:
-            optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * pace.fraction))
+            share = 0.5 * (1 + math.cos(math.pi * pace.fraction))
+            optimizer.param_groups[0]["lr"] = self._refine_rate * share
             pixels = seen()
             valid = pixels + (self.generator.clip(pixels) - pixels).detach()  # clipped ones may come back
             loss, figures = self._recognised(prior, self.teacher(augment(valid, self._rng)), labels, LABEL)

@@ -37,8 +37,9 @@ def finite_step(
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = None if gradient is None else laid_out(gradient, parameter)
     norm = nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
-    overflown: Any = optimizer
-    overflown.grad_scale, overflown.found_inf = None, (~norm.isfinite()).float()
+    left_out = ~norm.isfinite()
+    told: Any = optimizer
+    told.grad_scale, told.found_inf = None, left_out.float()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return (~norm.isfinite()).long()
+    return left_out.long()
