@@ -111,7 +111,7 @@ def method_settings(
             )
         values.update(method.presets[preset])
     values.update(settings or {})
-    return build(method.settings, values)
+    return build(method.settings, values, f"method {method.name!r}")
 
 
 def scheme_of(scheme: Scheme | Mapping[str, Any] | None) -> Scheme:

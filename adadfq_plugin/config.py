@@ -193,12 +193,13 @@ def nearest(name: str, names: list[str] | tuple[str, ...]) -> str:
     return f", did you mean {close[0]!r}?" if close else ""
 
 
-def build(kind: type[ModelT], values: Mapping[str, Any]) -> ModelT:
+def build(kind: type[ModelT], values: Mapping[str, Any], owner: str = "") -> ModelT:
     """Validated settings from plain values.
 
     Args:
         kind: the settings class.
         values: field names to values; those absent keep their defaults.
+        owner: whose settings they are, in messages; unset: the class.
 
     Raises:
         UnknownNameError: a name that ``kind`` has no field for, with the nearest one.
@@ -212,7 +213,8 @@ def build(kind: type[ModelT], values: Mapping[str, Any]) -> ModelT:
     for name in values:
         if name not in fields:
             raise UnknownNameError(
-                f"{kind.__name__} has no setting {name!r}{nearest(name, fields)} (it has: {', '.join(fields)})"
+                f"{owner or kind.__name__} has no setting {name!r}{nearest(name, fields)} "
+                f"(it has: {', '.join(fields)})"
             )
     try:
         return kind(**values)

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from adadfq_plugin.errors import DataError, OutputError
+from adadfq_plugin.errors import DataError, ModelError, OutputError
 from adadfq_plugin.facts import Facts
 from adadfq_plugin.files import atomic_file, atomic_folder, check_file, check_folder
 
@@ -37,6 +37,7 @@ _BROKEN = (
     zipfile.BadZipFile,
     zlib.error,
     safetensors.SafetensorError,
+    ModelError,  # facts of no network
 )
 
 
@@ -140,7 +141,7 @@ class SyntheticDataset(Dataset[tuple[Tensor, int]]):
         path = Path(path)
         if path.suffix in _FILES:
             check_file(path)
-        elif not path.suffix:
+        elif not path.suffix and path.name not in _FILES:
             check_folder(path, replace=_METADATA if replace else None)
             if channels not in (None, 1, 3):
                 raise OutputError(f"{path}: PNG holds 1 or 3 channels, not {channels}; save as .safetensors")
@@ -201,7 +202,10 @@ class SyntheticDataset(Dataset[tuple[Tensor, int]]):
             else:
                 metadata = (path / _METADATA).read_text(encoding="utf-8")
                 pixels, labels = _read_folder(path)
-            facts, provenance = _parse(metadata)
+            values = json.loads(metadata)
+            facts, provenance = facts_from_json(values["facts"]), values["provenance"]
+            if (count := values.get("count", len(pixels))) != len(pixels):
+                raise ValueError(f"{len(pixels)} images, but {count} were written")
             return cls.from_pixels(pixels, labels, facts, provenance)
         except DataError:
             raise
@@ -210,7 +214,8 @@ class SyntheticDataset(Dataset[tuple[Tensor, int]]):
             raise DataError(f"{path} is not a readable synthetic set: {reason}") from error
 
     def _metadata(self) -> str:
-        values = {"facts": dataclasses.asdict(self.facts), "provenance": self.provenance}
+        facts = dataclasses.asdict(self.facts)
+        values = {"count": len(self), "facts": facts, "provenance": self.provenance}
         return json.dumps(values, sort_keys=True)
 
     def _write_folder(self, folder: Path) -> None:
@@ -234,12 +239,9 @@ def _read_folder(folder: Path) -> tuple[Tensor, Tensor]:
         except (OSError, SyntaxError, ValueError) as error:  # Pillow's PNG reader raises SyntaxError too
             raise DataError(f"{file}: {error}") from error
         pixels.append(torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1)))
+        if pixels[-1].shape != pixels[0].shape:
+            raise DataError(f"{file}: an image of another shape than {files[0].name}")
     return torch.stack(pixels), torch.tensor([int(file.parent.name) for file in files])
-
-
-def _parse(metadata: str) -> tuple[Facts, dict[str, Any]]:
-    values = json.loads(metadata)
-    return facts_from_json(values["facts"]), values["provenance"]
 
 
 def facts_from_json(values: Mapping[str, Any]) -> Facts:
@@ -248,6 +250,7 @@ def facts_from_json(values: Mapping[str, Any]) -> Facts:
     Raises:
         KeyError: a fact is missing.
         TypeError: there is one too many.
+        ModelError: one that can't be.
 
     Example:
         >>> facts = Facts(input_size=(3, 32, 32), num_classes=10)

@@ -55,6 +55,9 @@ class Facts:
         interpolation: resampling of evaluation, timm's names.
         sources: where each fact came from: ``argument``, ``timm``, ``model`` or ``guess: why``.
 
+    Raises:
+        ModelError: a size that no image has, no class, or constants that :func:`checked_numbers` refuses.
+
     Example:
         >>> facts = Facts((1, 8, 8), 10, mean=(0.5,), std=(0.25,))
         >>> facts.normalize(torch.ones(1, 1, 1, 1)).item()
@@ -71,6 +74,13 @@ class Facts:
     crop_pct: float = 1.0
     interpolation: str = "bicubic"
     sources: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        numbers = (*self.input_size, self.num_classes)
+        if len(numbers) != 4 or not all(isinstance(each, Integral) and each > 0 for each in numbers):
+            raise ModelError(f"images {self.input_size!r} of {self.num_classes!r} classes can't be")
+        for name in ("mean", "std"):
+            checked_numbers(name, getattr(self, name), self.input_size[0])
 
     @property
     def guesses(self) -> dict[str, str]:

@@ -19,7 +19,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     """A temporary sibling of ``path`` to write to; it takes its place when the ``with`` ends well.
 
     Args:
-        path: the file to write; its folder is made if it isn't there.
+        path: the file to write, or a link to it; its folder is made if it isn't there.
 
     Yields:
         The temporary file's path. It is removed when the ``with`` ends with an exception.
@@ -35,7 +35,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         ...     os.listdir(folder)
         ['a.txt']
     """
-    target = Path(path)
+    target = _followed(path)
     temporary = _open_file(target)
     try:
         yield temporary
@@ -102,8 +102,9 @@ def check_file(path: str | Path) -> None:
     Raises:
         OutputError: as :func:`atomic_file`.
     """
-    with _new_parents(Path(path)):
-        _open_file(Path(path)).unlink()
+    target = _followed(path)
+    with _new_parents(target):
+        _open_file(target).unlink()
 
 
 @contextmanager

@@ -130,10 +130,16 @@ def _load_checkpoint(model: nn.Module, path: Path, name: str, remap: bool) -> No
     except FileNotFoundError as error:
         raise DataError(f"checkpoint {path}: no such file") from error
     except Exception as error:  # unpickling garbage raises nearly anything
+        if "weights_only" in str(error):  # torch's advice is to trust the file
+            raise DataError(
+                f"checkpoint {path} holds other objects than tensors, such as a whole network: "
+                "save its state_dict() and give that file"
+            ) from error
         raise DataError(f"checkpoint {path} can't be read: {first_line(error)}") from error
     own = model.state_dict()
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise DataError(f"checkpoint {path} holds no tensors by name")
+        held = f" but {', '.join(map(repr, list(state)[:5]))}" if isinstance(state, Mapping) and state else ""
+        raise DataError(f"checkpoint {path} holds no tensors by name{held}: it is to be a state_dict()")
     if remap:
         if len(state) != len(own):
             raise DataError(f"checkpoint {path} has {len(state)} tensors, {name} has {len(own)}")
@@ -182,9 +188,9 @@ def facts(model: nn.Module, overrides: Mapping[str, Any] | None = None) -> Facts
             ``interpolation``; those that are None don't count.
 
     Raises:
-        SettingsError: an override of no known name, or one that doesn't fit the others (three means for one channel).
-        ModelError: nobody says how many classes there are, or a mean or deviation is out of bounds or of another
-            number of channels.
+        SettingsError: an override of no known name, one out of bounds, or one that doesn't fit the others (three means
+            for one channel).
+        ModelError: nobody says how many classes there are, or timm's own mean or deviation can't be.
     """
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
     if unknown := sorted(given.keys() - TOLD):
@@ -207,7 +213,12 @@ def facts(model: nn.Module, overrides: Mapping[str, Any] | None = None) -> Facts
     if not classes:
         raise ModelError("the number of classes is unknown; give num_classes (--num-classes)")
     for name in ("mean", "std"):
-        checked_numbers(name, config[name], config["input_size"][0])
+        try:
+            checked_numbers(name, config[name], config["input_size"][0])
+        except ModelError as error:
+            if name not in given:
+                raise
+            raise SettingsError(str(error)) from error
     sources = {"num_classes": classes_source}
     for key in ("input_size", "mean", "std", "crop_pct", "interpolation"):
         if key in given or (key == "input_size" and "img_size" in given):
@@ -286,7 +297,7 @@ def validation_loader(
             indices, classes = _class_indices(folder, reader.class_to_idx, facts.num_classes)
         else:
             classes = f"classes as {class_map} lists them"
-            indices = data.readers.class_map.load_class_map(str(class_map), str(folder))
+            indices = _listed(class_map, folder)
         _refuse_uncounted(folder, reader, indices, facts.num_classes)
         reader = data.create_dataset("", root=str(folder), class_map=indices).reader
     except (RuntimeError, AssertionError, OSError, ValueError, EOFError, pickle.UnpicklingError) as error:
@@ -331,6 +342,20 @@ def _refuse_uncounted(folder: Path, reader: Any, indices: Mapping[str, Any], num
             f"{len(unread)} images of {folder} would not be counted, {unread[0].name} the first: timm reads "
             f"{' '.join(_timm_data().readers.get_img_extensions())}; convert them, or move them away"
         )
+
+
+def _listed(class_map: str | Path, folder: Path) -> Mapping[str, Any]:
+    """The classes that a file lists, as timm reads it, which passes over what shifts all that follows."""
+    indices: Mapping[str, Any] = _timm_data().readers.class_map.load_class_map(str(class_map), str(folder))
+    if Path(class_map).suffix.lower() != ".txt":
+        return indices
+    file = Path(class_map) if Path(class_map).exists() else folder / class_map
+    names = [line.strip() for line in file.read_text(encoding="utf-8-sig").rstrip().splitlines()]
+    for index, name in enumerate(names):
+        if not name or name in names[:index]:
+            what = f"{name!r} stands there again" if name else "it is blank"
+            raise DataError(f"class map {file}, line {index + 1}: {what}, and each line is a class's")
+    return {name: index for index, name in enumerate(names)}
 
 
 def _class_indices(

@@ -192,6 +192,30 @@ def test_evaluate_finds_what_the_report_says(run: Run, given: Given) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"crop_mode": "round"}, "crop_mode = 'round'"),
+        ({"facts": {"interpolation": "cubic"}}, "interpolation = 'cubic'"),
+        ({"facts": {"std": [0.5]}}, "std has 1 values for 3 channels"),
+    ],
+)
+def test_a_damaged_report_is_named(
+    run: Run, given: Given, tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    report = {**run.report, **change, "facts": {**run.report["facts"], **change.get("facts", {})}}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    refused(4, rf"{tmp_path} is no folder .*{said}", "evaluate", tmp_path, "--val", given.images)
+
+
+def test_weights_that_are_none_are_refused_before_any_image(given: Given, tmp_path: Path) -> None:
+    state = torch.load(given.checkpoint)
+    state["fc.weight"][0, 0] = float("nan")
+    torch.save(state, tmp_path / "net.pt")
+    words = (NAME, "--checkpoint", tmp_path / "net.pt", "--num-classes", 10, "--img-size", 32)
+    refused(3, r"'fc\.weight' holds NaN", "evaluate", *words, "--val", given.images)
+
+
 def test_evaluate_knows_its_own_folders(run: Run, given: Given, tmp_path: Path) -> None:
     other = adadfq("evaluate", tmp_path, "--val", given.images)
     assert (other.code, "no folder that 'adadfq quantize' wrote" in other.output) == (4, True)
@@ -303,7 +327,7 @@ def refused(code: int, said: str, *words: object) -> None:
         (("--weight-bits", "9"), r"weight_bits = 9"),
         (("--weight-bits", "two"), r"two"),
         (("--lambda-l", "0.9"), r"lambda_l \(0\.9\) must lie below lambda_u"),
-        (("--method", "noise"), r"Settings has no setting 'latent_dim' \(it has: samples"),
+        (("--method", "noise"), r"method 'noise' has no setting 'latent_dim' \(it has: samples"),
         (("--minutes", "0"), r"minutes = 0"),
         (("--model-kwargs", "colour"), r"KEY=VALUE, not 'colour'"),
         (("--model-kwargs", "colour=red"), r"test_resnet.*colour"),
@@ -312,6 +336,7 @@ def refused(code: int, said: str, *words: object) -> None:
             r"mean and std don.t fit each other",
         ),
         (("--config", "nowhere.toml"), r"nowhere\.toml"),
+        (("--minutes", 1, "--refine-steps", 2), "leave one of them unset"),
     ],
 )
 def test_settings_that_cannot_be_used(

@@ -22,7 +22,7 @@ from torch import Tensor
 from adadfq_plugin.dataset import SyntheticDataset
 from adadfq_plugin.errors import DataError, OutputError
 from adadfq_plugin.facts import IMAGENET_MEAN, IMAGENET_STD, Facts
-from adadfq_plugin.files import atomic_file, atomic_folder, check_folder
+from adadfq_plugin.files import atomic_file, atomic_folder, check_file, check_folder
 
 FORMS = ("set.safetensors", "set.npz", "set")
 PROVENANCE = {"method": "adadfq", "seed": 3, "settings": {"gamma": 1.0, "steps": None}}
@@ -191,7 +191,7 @@ def test_damaged_images_are_named(tmp_path: Path, damage: Callable[[Path], None]
 def test_images_of_several_sizes_or_none_are_named(tmp_path: Path) -> None:
     make().save(tmp_path / "set")
     Image.new("RGB", (3, 3)).save(tmp_path / "set" / "11" / "000000.png")
-    with pytest.raises(DataError, match=str(tmp_path / "set")):
+    with pytest.raises(DataError, match=r"000001\.png: an image of another shape than 000000\.png"):
         SyntheticDataset.load(tmp_path / "set")
     for image in (tmp_path / "set").rglob("*.png"):
         image.unlink()
@@ -207,6 +207,40 @@ def test_damaged_metadata_is_named(tmp_path: Path, text: str) -> None:
         SyntheticDataset.load(tmp_path / "set")
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"input_size": [3, 6]}, r"images \(3, 6\)"),
+        ({"input_size": [3, 6, "4"]}, r"images \(3, 6, '4'\)"),
+        ({"num_classes": 0}, "0 classes"),
+        ({"mean": [0.5]}, "mean has 1 values for 3 channels"),
+        ({"std": [0.5, 0.5, 0.0]}, "must be positive"),
+        ({"std": [0.5, 0.5, "x"]}, "is not one number a channel"),
+    ],
+)
+def test_facts_that_cannot_be_are_named(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    make().save(tmp_path / "set")
+    metadata = tmp_path / "set" / "metadata.json"
+    values = json.loads(metadata.read_text())
+    values["facts"] |= change
+    metadata.write_text(json.dumps(values))
+    with pytest.raises(DataError, match=rf"{tmp_path / 'set'}.*{said}"):
+        SyntheticDataset.load(tmp_path / "set")
+
+
+def test_a_lost_image_is_missed(tmp_path: Path) -> None:
+    make().save(tmp_path / "set")
+    next((tmp_path / "set").rglob("*.png")).unlink()
+    count = len(make())
+    with pytest.raises(DataError, match=f"set.*{count - 1} images, but {count} were written"):
+        SyntheticDataset.load(tmp_path / "set")
+    metadata = tmp_path / "set" / "metadata.json"
+    values = json.loads(metadata.read_text())
+    del values["count"]  # as in sets of before
+    metadata.write_text(json.dumps(values))
+    assert len(SyntheticDataset.load(tmp_path / "set")) == count - 1
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_path_that_cannot_be_written_is_named(tmp_path: Path, form: str) -> None:
     (tmp_path / "file").write_text("in the way")
@@ -219,6 +253,8 @@ def test_a_path_that_cannot_be_written_is_named(tmp_path: Path, form: str) -> No
 def test_unknown_forms_are_refused(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"set\.pkl.*safetensors"):
         make().save(tmp_path / "set.pkl")
+    with pytest.raises(OutputError, match=r"\.npz: a synthetic set is saved as"):
+        make().save(tmp_path / ".npz")
     (tmp_path / "set.npz").mkdir()
     with pytest.raises(OutputError, match="is a folder"):
         make().save(tmp_path / "set.npz")
@@ -337,9 +373,15 @@ def test_a_link_stays_and_the_current_folder_is_refused(
     assert (tmp_path / "link").is_symlink()
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["new"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "link"]
+    (tmp_path / "linked").symlink_to(tmp_path / "folder" / "file")  # which isn't there yet
+    with atomic_file(tmp_path / "linked") as file:
+        file.write_text("whole")
+    assert (tmp_path / "linked").is_symlink()
+    assert (tmp_path / "folder" / "file").read_text() == "whole"
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
-    with pytest.raises(OutputError, match="circle"):
-        check_folder(tmp_path / "circle")
+    for check in (check_folder, check_file):
+        with pytest.raises(OutputError, match="circle"):
+            check(tmp_path / "circle")
     monkeypatch.chdir(tmp_path / "folder")
     for place in (".", "..", tmp_path / "link"):
         with pytest.raises(OutputError, match="in use"):

@@ -204,6 +204,29 @@ def test_a_checkpoint_of_the_authors_is_read_as_timm_reads_its_downloads(tmp_pat
         zoo.load_model(name, checkpoint=path, num_classes=4, model_kwargs=small)
 
 
+def _whole(state: dict[str, Any]) -> Any:
+    return nn.ReLU()
+
+
+def _nested(state: dict[str, Any]) -> Any:
+    return {"net": state, "epoch": 3}
+
+
+@pytest.mark.parametrize(
+    ("form", "said"),
+    [
+        (_whole, r"net\.pt holds other objects than tensors.*save its state_dict\(\)"),
+        (_nested, r"net\.pt holds no tensors by name but 'net', 'epoch'"),
+    ],
+)
+def test_checkpoints_of_another_form_are_told_what_to_be(
+    tmp_path: Path, state: dict[str, Tensor], form: Callable[[dict[str, Any]], Any], said: str
+) -> None:
+    torch.save(form(dict(state)), tmp_path / "net.pt")
+    with pytest.raises(DataError, match=said):
+        zoo.load_model(NAME, checkpoint=tmp_path / "net.pt", num_classes=10)
+
+
 @pytest.mark.parametrize("name", ["net.pt", "net.safetensors"])
 @pytest.mark.parametrize("content", [b"", b"no such thing" * 50, None])
 def test_a_checkpoint_that_cannot_be_read(tmp_path: Path, name: str, content: bytes | None) -> None:
@@ -307,7 +330,7 @@ def test_facts_that_contradict_each_other() -> None:
     ("told", "said"), [({"mean": (123, 117, 104)}, "divide by 255"), ({"std": (0, 0, 0)}, "must be positive")]
 )
 def test_units_of_other_sizes_are_refused(told: dict[str, Any], said: str) -> None:
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(SettingsError, match=said):
         zoo.facts(zoo.load_model(NAME, pretrained=False), told)
 
 
@@ -368,6 +391,26 @@ def test_a_class_map_has_the_last_word(tmp_path: Path) -> None:
         zoo.validation_loader(folder, Facts((3, 8, 8), 3), class_map=tmp_path / "map.txt")
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("bird\n\ndog\ncat\n", r"map\.txt, line 2: it is blank"),
+        ("bird\ndog\nbird\ncat\n", r"map\.txt, line 3: 'bird' stands there again"),
+    ],
+)
+def test_a_class_map_says_one_thing(tmp_path: Path, text: str, said: str) -> None:
+    folder = images(tmp_path / "val", "cat/a.png", "dog/b.png")
+    (folder / "map.txt").write_text(text)  # found in the folder of the images too
+    with pytest.raises(DataError, match=said):
+        zoo.validation_loader(folder, TINY, class_map="map.txt")
+
+
+def test_a_class_map_may_begin_as_windows_writes_it(tmp_path: Path) -> None:
+    folder = images(tmp_path / "val", "cat/a.png", "dog/b.png")
+    (tmp_path / "map.txt").write_text("dog\r\ncat\r\n\r\n", encoding="utf-8-sig", newline="")
+    assert labels(zoo.validation_loader(folder, TINY, class_map=tmp_path / "map.txt")) == [1, 0]
+
+
 def test_images_are_normalised_cropped_and_batched(tmp_path: Path) -> None:
     folder = images(tmp_path, *(f"{index}/x.png" for index in range(5)))
     loader = zoo.validation_loader(folder, TINY, batch_size=2)
@@ -425,7 +468,7 @@ def test_too_large_or_missing_images_are_named(tmp_path: Path, monkeypatch: pyte
             TINY,
             r"2 sub-folders \(cat, ...\) and a network of 10 classes.*--class-map",
         ),
-        (("1/a.png",), Facts((4, 8, 8), 10), "1 or 3 channels, the network takes 4"),
+        (("1/a.png",), Facts((4, 8, 8), 10, (0.5,) * 4, (0.5,) * 4), "1 or 3 channels, the network takes 4"),
     ],
 )
 def test_folders_that_cannot_be_used(tmp_path: Path, names: tuple[str, ...], facts: Facts, said: str) -> None:

@@ -16,17 +16,18 @@ from torch import Tensor, nn
 from adadfq_plugin import api, zoo
 from adadfq_plugin.cli.options import Network, Plan
 from adadfq_plugin.cli.progress import Bars
-from adadfq_plugin.config import Settings, to_toml
+from adadfq_plugin.config import Settings, build, to_toml
 from adadfq_plugin.contracts import Backend
 from adadfq_plugin.dataset import SyntheticDataset, facts_from_json
 from adadfq_plugin.demo import demo_model
-from adadfq_plugin.errors import DataError, OutputError, SettingsError
+from adadfq_plugin.errors import DataError, ModelError, OutputError, SettingsError
 from adadfq_plugin.facts import Facts, find_facts
 from adadfq_plugin.files import atomic_folder, check_folder
 from adadfq_plugin.labelled import ValidationLoader
 from adadfq_plugin.refusals import checked_run
 from adadfq_plugin.report import Accuracy, Latency, Report, environment, measure_latency, write
 from adadfq_plugin.report.render import megabytes, percent
+from adadfq_plugin.teacher import refuse_nan
 
 __all__ = ["Images", "evaluate", "load", "quantize", "summary", "synthesize"]
 
@@ -77,6 +78,7 @@ def load(network: Network) -> tuple[nn.Module, Facts, str]:
             num_classes=network.num_classes,
             model_kwargs=network.model_kwargs,
         )
+    refuse_nan(model, buffers=True)
     facts = zoo.facts(model, given)
     find_facts(model, input_size=facts.input_size)  # refuses a size that the network doesn't take
     if network.checkpoint:  # timm's record is of weights that nobody asked for
@@ -207,9 +209,10 @@ def evaluate(plan: Plan, images: Images, bars: Bars) -> Accuracy:
 def _converted(folder: Path) -> tuple[Logits, Facts, str]:
     try:
         values = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
-        facts, name = facts_from_json(values["facts"]), values["backend"]
-        crop_mode = values["crop_mode"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        facts, name, crop_mode = facts_from_json(values["facts"]), values["backend"], str(values["crop_mode"])
+        seen = {"crop_pct": facts.crop_pct, "crop_mode": crop_mode, "interpolation": facts.interpolation}
+        build(Network, seen)
+    except (OSError, ValueError, KeyError, TypeError, ModelError, SettingsError) as error:
         raise DataError(f"{folder} is no folder that 'adadfq quantize' wrote: {error}") from error
     # The method, not the module: a frozen TorchScript module has no train mode that evaluate could put back.
     backend = api.backends().get(name)

@@ -44,7 +44,7 @@ class Network(_Section):
     std: tuple[float, ...] | None = Field(
         None, description="deviation of the normalisation, likewise; unset: timm's"
     )
-    crop_pct: Annotated[float, Field(gt=0, le=1)] | None = Field(
+    crop_pct: Annotated[float, Field(gt=0, le=2)] | None = Field(
         None, description="centre crop of the labelled images; unset: timm's"
     )
     crop_mode: Literal["center", "squash", "border"] | None = Field(

@@ -150,8 +150,8 @@ def check_limit(settings: Settings, minutes: float | None, *, trains: bool = Tru
     run = [name for name in names if getattr(settings, name) != 0]
     if minutes is not None and run and all(getattr(settings, name) is not None for name in run):
         raise SettingsError(
-            f"minutes = {minutes:g} has no say where {', '.join(sorted(run))} are set, by a preset or by hand: set one "
-            "of them to None, or leave out the minutes"
+            f"minutes = {minutes:g} has no say where {', '.join(sorted(run))} are set, by a preset or by hand: leave "
+            "one of them unset, or leave out the minutes"
         )
 
 
