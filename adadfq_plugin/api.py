@@ -21,15 +21,14 @@ from adadfq_plugin.choice import (
     method_settings,
     methods,
     prepare_with,
-    scheme_of,
 )
-from adadfq_plugin.config import Scheme, Settings
-from adadfq_plugin.contracts import Outcome, Progress, Task
+from adadfq_plugin.config import Scheme, Settings, scheme_of
+from adadfq_plugin.contracts import Progress, Task
 from adadfq_plugin.dataset import SyntheticDataset
-from adadfq_plugin.errors import BrokenPluginError, SettingsError
+from adadfq_plugin.errors import BrokenPluginError, ModelError, SettingsError, first_line
 from adadfq_plugin.facts import device_of, find_facts
-from adadfq_plugin.hooks import fork_rng, kept_buffers, module_modes, plain_tensors
-from adadfq_plugin.refusals import checked_run, refuse_other_modules
+from adadfq_plugin.hooks import any_algorithm, fork_rng, kept_buffers, module_modes, plain_tensors
+from adadfq_plugin.refusals import checked_run, outcome_check, refuse_other_modules
 from adadfq_plugin.results import Evaluation, Result
 from adadfq_plugin.teacher import make_teacher, refuse_nan
 
@@ -138,6 +137,8 @@ def calibrate(
     where = asked or device_of(prepared)
     with fork_rng(seed, where, *map(device_of, networks)), torch.enable_grad():
         toolkit = backend_of(prepared, backend)
+        if teacher is prepared:
+            raise ModelError("teacher= is the prepared model itself: pass the float network, or leave it out")
         opened = toolkit.open(prepared)
         refuse_nan(opened.module)
         source = teacher if teacher is not None else opened.float_model()
@@ -165,6 +166,7 @@ def calibrate(
                 "; call requires_grad_() on it where they may be",
             )
         frozen = make_teacher(source, facts, device=where)
+        layout = _layout(opened.module)
         if frozen.channels_last:
             opened.module.to(memory_format=torch.channels_last)
         opened.module.to(where)
@@ -172,17 +174,19 @@ def calibrate(
         comparison.refuse_inconvertible(frozen, opened)
         tell(comparison.not_the_teacher(frozen, opened, own=teacher is None))
         task = Task(frozen, opened, made, seed, where, progress or _silent, minutes)
+        checked = outcome_check(method, task)
         with fork_rng(seed, where):  # the method's own draws, whatever was drawn before
-            outcome = chosen.calibrate(task)
-        if not isinstance(outcome, Outcome):
-            raise BrokenPluginError(
-                f"method {method!r} returned {type(outcome).__name__}, not adadfq_plugin.contracts.Outcome"
-            )
+            outcome = checked(chosen.calibrate(task))
         for sentence in outcome.warnings:
             tell(sentence)
-        figures, unfaithful = comparison.figures(frozen, opened, outcome.samples, where)
+        try:
+            figures, unfaithful = comparison.figures(frozen, opened, outcome.samples, where)
+        except Exception as error:  # it could be converted before
+            raise BrokenPluginError(
+                f"what method {method!r} left can't be converted: {first_line(error)}"
+            ) from error
         tell(unfaithful)  # where warnings are errors, before anything of the user's is written
-        opened.module.to(device_of(prepared)).to(memory_format=torch.contiguous_format)
+        opened.module.to(device_of(prepared)).to(memory_format=layout)
         opened.commit()
     return Result(
         method=method,
@@ -260,8 +264,16 @@ def quantize(
             progress=progress,
         )
         converted = toolkit.open(result.prepared).convert()
-        integer = toolkit.integer_macs(converted, torch.zeros(2, *facts.input_size))
+        with any_algorithm():
+            integer = toolkit.integer_macs(converted, torch.zeros(2, *facts.input_size))
     return replace(result, scheme=widths, integer_macs=integer, quantized=converted)
+
+
+def _layout(model: nn.Module) -> torch.memory_format:
+    """How a model lies in memory; one whose kernels have one place alone lies both ways."""
+    kernels = (each for each in model.parameters() if each.dim() == 4 and not each.is_contiguous())
+    last = any(each.is_contiguous(memory_format=torch.channels_last) for each in kernels)
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def synthesize(model: nn.Module, count: int, **arguments: Any) -> SyntheticDataset:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any, cast
 
 from torch import nn
 
 from adadfq_plugin.config import Scheme, Settings, build, nearest
 from adadfq_plugin.contracts import Backend, Method
-from adadfq_plugin.errors import BrokenPluginError, ModelError, SettingsError, UnknownNameError
+from adadfq_plugin.errors import BrokenPluginError, ModelError, SettingsError, UnknownNameError, first_line
 from adadfq_plugin.facts import SIZE_SOURCE, Facts
 from adadfq_plugin.hooks import unfrozen
 from adadfq_plugin.registry import Registry
@@ -23,7 +22,6 @@ __all__ = [
     "method_settings",
     "methods",
     "prepare_with",
-    "scheme_of",
 ]
 
 AUTO = "auto"
@@ -114,13 +112,6 @@ def method_settings(
     return build(method.settings, values, f"method {method.name!r}")
 
 
-def scheme_of(scheme: Scheme | Mapping[str, Any] | None) -> Scheme:
-    """A scheme from plain values."""
-    if not isinstance(scheme, Scheme | Mapping | None):
-        raise SettingsError(f"scheme = {scheme!r} is no Scheme, nor widths by name: {{'weight_bits': 4}}")
-    return scheme if isinstance(scheme, Scheme) else build(Scheme, scheme or {})
-
-
 def _in_turn() -> tuple[str, ...]:
     """The backends' names, in the order in which they are asked."""
     return (*PREFERRED, *(each for each in _BACKENDS.names() if each not in PREFERRED))
@@ -130,15 +121,17 @@ def backend_of(model: nn.Module, name: str | None) -> Backend:
     """The backend of that name; None or ``auto``: the one that recognises the model."""
     if name not in (None, AUTO):
         return _BACKENDS.get(name)
+    failed = ""
     for candidate in _in_turn():
-        # without torchao there is no model of torchao, and strangers may fail in any way
-        with suppress(Exception):
+        try:
             backend = _BACKENDS.get(candidate)
             if backend.recognises(model):
                 return backend
+        except Exception as error:  # strangers may fail in any way
+            failed += f"; {candidate!r} could not be asked: {first_line(error)}"
     raise ModelError(
         f"{type(model).__name__} is not prepared: call prepare_qat_fx, prepare_qat_pt2e (or adadfq_plugin.prepare) "
-        f"first; known backends: {', '.join(_BACKENDS.names())}"
+        f"first; known backends: {', '.join(_BACKENDS.names())}{failed}"
     )
 
 
@@ -173,6 +166,10 @@ def _prepare(
             refusals[candidate] = str(error)
         except (ModelError, BrokenPluginError) as error:
             refusals[candidate] = str(error)
+        except Exception as error:
+            if candidate in PREFERRED:
+                raise
+            refusals[candidate] = f"{type(error).__name__}: {first_line(error)}"
         else:
             why = "; ".join(f"{other} can't: {reason}" for other, reason in refusals.items())
             note = f"backend 'auto' took {candidate!r}: {why or 'it comes first, and takes the model'}"

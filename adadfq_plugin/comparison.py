@@ -14,6 +14,7 @@ from adadfq_plugin.contracts import Phase, Prepared
 from adadfq_plugin.dataset import SyntheticDataset
 from adadfq_plugin.errors import ModelError, first_line
 from adadfq_plugin.functional import disagreement_information, normalized_information, sqnr_db, top1_agreement
+from adadfq_plugin.hooks import any_algorithm
 from adadfq_plugin.teacher import Teacher
 
 __all__ = ["figures", "not_the_teacher", "refuse_inconvertible", "refuse_random", "unfaithful"]
@@ -108,7 +109,7 @@ def refuse_inconvertible(teacher: Teacher, prepared: Prepared) -> None:
     """
     images = teacher.noise(TRIAL)
     twin = prepared.reference()
-    with torch.no_grad():
+    with torch.no_grad(), any_algorithm():
         with twin.phase(Phase.OBSERVE):
             twin.module(images)
         twin.set_ranges("minmax")
@@ -142,7 +143,7 @@ def figures(
     of_q: list[Tensor] = []
     of_c: list[Tensor] = []
     converted = prepared.convert()
-    with torch.no_grad(), prepared.phase(Phase.EVALUATE):
+    with torch.no_grad(), any_algorithm(), prepared.phase(Phase.EVALUATE):
         for start in range(0, len(samples), PIECE):
             images = samples.images(start, start + PIECE)
             of_p.append(teacher(images.to(device)).cpu())

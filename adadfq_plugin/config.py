@@ -18,7 +18,16 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["AdaDFQSettings", "GeneratorSettings", "Scheme", "Settings", "build", "from_toml", "to_toml"]
+__all__ = [
+    "AdaDFQSettings",
+    "GeneratorSettings",
+    "Scheme",
+    "Settings",
+    "build",
+    "from_toml",
+    "scheme_of",
+    "to_toml",
+]
 
 Bits = Annotated[int, Field(ge=2, le=8)]
 Positive = Annotated[int, Field(ge=1)]
@@ -223,6 +232,17 @@ def build(kind: type[ModelT], values: Mapping[str, Any], owner: str = "") -> Mod
         where = ".".join(str(part) for part in first["loc"])
         culprit = f"setting {where} = {first['input']!r}: " if where else ""
         raise SettingsError(f"{culprit}{first['msg'].removeprefix('Value error, ')}") from None
+
+
+def scheme_of(scheme: Scheme | Mapping[str, Any] | None) -> Scheme:
+    """A scheme from plain values.
+
+    Raises:
+        SettingsError: neither a scheme nor widths by name, or widths that can't be.
+    """
+    if not isinstance(scheme, Scheme | Mapping | None):
+        raise SettingsError(f"scheme = {scheme!r} is no Scheme, nor widths by name: {{'weight_bits': 4}}")
+    return scheme if isinstance(scheme, Scheme) else build(Scheme, scheme or {})
 
 
 def to_toml(sections: Mapping[str, BaseModel | Mapping[str, Any]]) -> str:

@@ -227,11 +227,12 @@ def _takes(model: nn.Module, size: Sequence[int]) -> bool:
 def _size_of(example_inputs: Any) -> tuple[int, ...]:
     """(channels, height, width) of what torch.ao's prepare takes."""
     first = example_inputs
-    if isinstance(example_inputs, tuple | list) and example_inputs:
+    if isinstance(example_inputs, tuple | list) and len(example_inputs) == 1:
         first = example_inputs[0]
     if not isinstance(first, Tensor) or first.dim() != 4:
         raise ModelError(
-            f"example_inputs are a batch of images (N, channels, height, width), or a tuple of one, not {first!r:.60}"
+            f"example_inputs are a batch of images (N, channels, height, width), or a tuple of one, not {first!r:.60}; "
+            "a network of several inputs is to be wrapped so that it takes images alone"
         )
     return tuple(first.shape[1:])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -12,12 +13,16 @@ from torch import nn
 from torch.fx import GraphModule
 
 __all__ = [
+    "any_algorithm",
     "fork_rng",
     "kept_buffers",
     "module_modes",
     "plain_tensors",
     "unfrozen",
 ]
+
+
+_ONE_THREAD = threading.RLock()
 
 
 @contextmanager
@@ -95,7 +100,8 @@ def kept_buffers(module: nn.Module) -> Iterator[None]:
 def plain_tensors() -> Iterator[None]:
     """Tensors are of float32 and on the CPU unless something else is said, and stay what they are.
 
-    Whatever ``torch.set_default_device``, ``torch.set_default_dtype`` and ``torch.autocast`` were told.
+    Whatever ``torch.set_default_device``, ``torch.set_default_dtype`` and ``torch.autocast`` were told. These belong to
+    the process, as the global generators do, so that one thread at a time gets in.
 
     Example:
         >>> import torch
@@ -103,8 +109,9 @@ def plain_tensors() -> Iterator[None]:
         ...     (torch.zeros(1, 1) @ torch.zeros(1, 1)).device, torch.is_autocast_enabled("cpu")
         (device(type='cpu'), False)
     """
-    dtype = torch.get_default_dtype()
     with ExitStack() as stack:
+        stack.enter_context(_ONE_THREAD)
+        dtype = torch.get_default_dtype()
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
         for device in ("cpu", "cuda"):
@@ -112,6 +119,29 @@ def plain_tensors() -> Iterator[None]:
         stack.callback(torch.set_default_dtype, dtype)
         torch.set_default_dtype(torch.float32)
         yield
+
+
+@contextmanager
+def any_algorithm() -> Iterator[None]:
+    """Let integer networks run, whatever ``torch.use_deterministic_algorithms`` was told: they have no such kernels.
+
+    Example:
+        >>> import torch
+        >>> torch.use_deterministic_algorithms(True)
+        >>> with any_algorithm():
+        ...     torch.are_deterministic_algorithms_enabled()
+        False
+        >>> torch.are_deterministic_algorithms_enabled()
+        True
+        >>> torch.use_deterministic_algorithms(False)
+    """
+    asked = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(asked, warn_only=warn_only)
 
 
 @contextmanager

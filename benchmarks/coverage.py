@@ -168,9 +168,9 @@ def compare(row: Row, prepared: fx.GraphModule, converted: nn.Module, size: tupl
     row["relative_error"] = distance(expected, actual)
     quantizers = [each for each in prepared.modules() if hasattr(each, "fake_quant_enabled")]
     activations = [each for each in quantizers if not getattr(each, "per_channel", False)]
-    with switched(quantizers, observe=False, quantize=False):
+    with switched(quantizers, (), observe=False, quantize=False):
         unquantized = logits(prepared, LEAST, size)
-    with switched(activations, observe=False, quantize=False):
+    with switched(activations, (), observe=False, quantize=False):
         row["weight_error"] = distance(unquantized[:BATCH], logits(prepared, BATCH, size))
     row["quantization_error"] = distance(unquantized, expected[:LEAST])
     row["float_agreement"] = agreement(unquantized, expected[:LEAST])

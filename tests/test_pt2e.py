@@ -267,6 +267,53 @@ def test_layers_that_are_left_in_float_are_folded_as_well() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:adadfq_plugin. the prepared model is not the teacher:UserWarning")
+def test_observers_forget_what_was_seen_before() -> None:
+    images = models.images(16)
+
+    def steps(*batches: Tensor) -> list[Tensor]:
+        opened = api.backends().get("pt2e").open(prepare_pt2e(exported(plain()), inductor(qat=False)))
+        for batch in batches:
+            with torch.no_grad(), opened.phase(Phase.OBSERVE):
+                opened.module(batch)
+        opened.set_ranges()
+        return [step.detach().clone() for step in opened.steps()]
+
+    once, twice = steps(images), steps(9 * images, images)
+    assert len(once) == 6  # of weights and of what layers take
+    assert all(map(torch.equal, once, twice))
+
+
+def test_a_model_of_float64_is_told_so() -> None:
+    example = (torch.zeros(2, *models.SIZE, dtype=torch.float64),)
+    graph = torch.export.export(plain().double(), example, dynamic_shapes=DYNAMIC).module()
+    with pytest.raises(ModelError, match=r"computes in float64; call \.float\(\)"):
+        adadfq_plugin.calibrate(prepare_qat_pt2e(graph, inductor(qat=True)), **TOLD)
+
+
+class PowerOfTwo(FakeQuantize):  # type: ignore[misc]
+    """Scales for a processor that only shifts."""
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        scale, zero_point = self.activation_post_process.calculate_qparams()
+        return 2 ** torch.ceil(torch.log2(scale)), zero_point
+
+
+def test_quantizers_with_rules_of_their_own_stay() -> None:
+    activation = spec(PowerOfTwo.with_args(observer=MovingAverageMinMaxObserver), 0, 127)
+    channels = {"qscheme": torch.per_channel_symmetric, "ch_axis": 0}
+    weight = spec(fake(PerChannelMinMaxObserver), -127, 127, **channels)
+    model, batch = plain(), models.images(64)
+    exact = model(batch)
+    prepared = prepare_qat_pt2e(exported(model), Users(activation, weight))
+    result = adadfq_plugin.calibrate(prepared, **TOLD)
+    assert any("quantizers of the model's own stay (PowerOfTwo)" in note for note in result.notes)
+    own = [module for module in prepared.modules() if isinstance(module, PowerOfTwo)]
+    assert own
+    assert all(bool((module.scale.log2().frac() == 0).all()) for module in own)
+    assert (faithful(prepared, batch) - exact).abs().mean() <= 0.1 * exact.std()
+
+
+@pytest.mark.filterwarnings("ignore:.*the prepared model is not the teacher")  # it was trained since
 def test_a_prepared_model_may_be_calibrated_twice() -> None:
     prepared, batch = PT2EBackend().prepare(models.trained(), models.SIZE, Scheme()), models.images(16)
     for _ in range(2):

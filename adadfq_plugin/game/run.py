@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from adadfq_plugin.config import AdaDFQSettings, GeneratorSettings
 from adadfq_plugin.contracts import Outcome, Phase, Prepared, Task
 from adadfq_plugin.dataset import SyntheticDataset
+from adadfq_plugin.errors import SettingsError
 from adadfq_plugin.game.best import BestState
 from adadfq_plugin.game.biases import SteadyMeans
 from adadfq_plugin.game.generator import GeneratorPlayer
@@ -21,6 +22,7 @@ from adadfq_plugin.game.pool import ReplayPool, augment, mixed
 from adadfq_plugin.game.quantized import QuantizedPlayer, feature_weight, in_pieces
 from adadfq_plugin.game.rounding import round_weights
 from adadfq_plugin.history import History
+from adadfq_plugin.hooks import fork_rng
 from adadfq_plugin.transfers import Figures, fetched, sent
 
 __all__ = ["Run"]
@@ -93,12 +95,18 @@ class Run:
             tell()
 
     def player(self) -> GeneratorPlayer:
-        """A fresh generator for the task's teacher."""
-        settings = self.task.settings
-        assert isinstance(settings, GeneratorSettings)
-        player = GeneratorPlayer(
-            self.task.teacher, settings, self.plan.generator_batch_size, self.rng, self.task.device
-        )
+        """A fresh generator for the task's teacher.
+
+        Raises:
+            SettingsError: settings of no generator.
+        """
+        task, settings = self.task, self.task.settings
+        if not isinstance(settings, GeneratorSettings):
+            raise SettingsError(f"a generator needs GeneratorSettings, not {type(settings).__name__}")
+        with fork_rng(task.seed, task.device):  # modules draw their weights from the global generators
+            player = GeneratorPlayer(
+                task.teacher, settings, self.plan.generator_batch_size, self.rng, task.device
+            )
         self.notes += player.notes
         return player
 
@@ -164,10 +172,13 @@ class Run:
     def observe(self) -> None:
         """The observers see the pool; then the ranges are set, and the weights rounded to make up for each other."""
         prepared, settings = self.task.prepared, self.task.settings
+        if not len(self.pool):
+            raise ValueError("observe() and play() come after fill(): the pool holds no images")
         count = min(settings.range_samples, len(self.pool))
         images, _ = self.pool.draw(count)
         with self._timed("ranges"):
-            with torch.no_grad(), prepared.phase(Phase.OBSERVE):
+            seeded = fork_rng(self.task.seed, self.task.device)  # observers may keep some of what they see
+            with seeded, torch.no_grad(), prepared.phase(Phase.OBSERVE):
                 for start in range(0, count, self.plan.batch_size):
                     prepared.module(self._shown(images[start : start + self.plan.batch_size]))
                     self._report("ranges", min(count, start + self.plan.batch_size), count, {})
@@ -209,7 +220,14 @@ class Run:
         """Q learns from the pool; with a player, G keeps looking for samples between the two boundaries.
 
         Without replay one forward pass of Q on G's newest batch serves both players.
+
+        Raises:
+            SettingsError: a player, but settings of no game.
         """
+        if player is not None and not isinstance(self.task.settings, AdaDFQSettings):
+            raise SettingsError(
+                f"a game with a generator needs AdaDFQSettings, not {type(self.task.settings).__name__}"
+            )
         if not self._trains:
             done = (
                 "its ranges were set and its weights rounded" if self._rounds else "the ranges alone were set"

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.ao.quantization.fake_quantize import FakeQuantizeBase, FixedQParamsFakeQuantize
+from torch.ao.quantization.observer import ObserverBase
 from torch.ao.quantization.quantize_fx import convert_fx
 from torch.fx import GraphModule, Node
 
@@ -44,7 +45,7 @@ from adadfq_plugin.backends.fx.levels import averages_in_float, is_average, is_i
 from adadfq_plugin.captures import argument, capture_outputs
 from adadfq_plugin.contracts import Phase
 from adadfq_plugin.errors import ModelError
-from adadfq_plugin.fake_quantize import refuse_dynamic, switched
+from adadfq_plugin.fake_quantize import has_own_rule, own_rules_note, refuse_dynamic, switched
 from adadfq_plugin.hooks import module_modes
 from adadfq_plugin.ranges import levels_that_fit
 from adadfq_plugin.sites import replace_module, sites, take_over
@@ -132,15 +133,20 @@ class FXPrepared:
 
     def _learn_quantizers(self) -> None:
         learned: dict[int, LearnedFakeQuantize] = {}
+        own: set[str] = set()
         for path, module in list(sites(self.module)):
             if not isinstance(module, FakeQuantizeBase) or isinstance(module, FixedQParamsFakeQuantize):
                 continue
             embeds = getattr(module, "qscheme", None) is torch.per_channel_affine_float_qparams
             if getattr(module, "is_dynamic", False) or module.dtype not in INTEGER or embeds:
                 continue
+            if has_own_rule(module, "torch.ao"):
+                own.add(type(module).__name__)
+                continue
             if id(module) not in learned:
                 learned[id(module)] = LearnedFakeQuantize.like(module)
             replace_module(self.module, path, learned[id(module)])
+        self.notes += own_rules_note(own)
 
     def _quantizers(self) -> list[LearnedFakeQuantize]:
         return [module for module in self.module.modules() if isinstance(module, LearnedFakeQuantize)]
@@ -260,7 +266,9 @@ class FXPrepared:
             self._refuse_again()
         quantize = phase in (Phase.TRAIN, Phase.EVALUATE) and self.trainable
         quantizers = [module for module in self.module.modules() if isinstance(module, FakeQuantizeBase)]
-        with module_modes(self.module, False), switched(quantizers, observe=observe, quantize=quantize):
+        observers = [module for module in self.module.modules() if isinstance(module, ObserverBase)]
+        switches = switched(quantizers, observers, observe=observe, quantize=quantize)
+        with module_modes(self.module, False), switches:
             yield  # BatchNorm is folded or frozen, dropout off
 
     def reference(self) -> FXPrepared:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.ao.quantization import MinMaxObserver, QConfig, QConfigMapping, get_d
 from adadfq_plugin.backends.fx.fake_quantize import LearnedFakeQuantize
 from adadfq_plugin.backends.fx.graphs import MEANS
 from adadfq_plugin.backends.fx.kernels import best_engine
-from adadfq_plugin.config import Scheme
+from adadfq_plugin.config import Scheme, scheme_of
 
 __all__ = ["qconfig_mapping"]
 
@@ -23,7 +23,9 @@ TRANSPOSED = (
 )
 
 
-def qconfig_mapping(scheme: Scheme, *, float_modules: Iterable[str] = ()) -> QConfigMapping:
+def qconfig_mapping(
+    scheme: Scheme | Mapping[str, Any] | None = None, *, float_modules: Iterable[str] = ()
+) -> QConfigMapping:
     """The mapping for ``prepare_qat_fx`` at the widths of a scheme.
 
     Operations with ranges of their own (sigmoid, softmax) keep torch.ao's fixed ones. Adaptive averages are taken
@@ -31,12 +33,13 @@ def qconfig_mapping(scheme: Scheme, *, float_modules: Iterable[str] = ()) -> QCo
     model is calibrated.
 
     Args:
-        scheme: widths and engine.
+        scheme: widths and engine, as a scheme or by name; None: 8 bits.
         float_modules: names of modules that stay in float.
 
     Returns:
         a mapping that a user may extend before preparing.
     """
+    scheme = scheme_of(scheme)
     engine = best_engine() if scheme.engine == "auto" else scheme.engine
     bits = scheme.weight_bits
     # qnnpack's per-channel kernels take no weight of -128

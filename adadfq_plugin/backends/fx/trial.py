@@ -25,6 +25,7 @@ from adadfq_plugin.backends.fx.kernels import using_engine
 from adadfq_plugin.backends.fx.prepared import FXPrepared
 from adadfq_plugin.contracts import Phase
 from adadfq_plugin.errors import first_line
+from adadfq_plugin.hooks import any_algorithm
 
 __all__ = ["COPIES", "JOINING", "CallSite", "numbered", "trial"]
 
@@ -106,7 +107,7 @@ def trial(traced: fx.GraphModule, mapping: QConfigMapping, images: Tensor) -> li
         for engine in sorted(opened.engines & set(torch.backends.quantized.supported_engines)):
             opened.engine = engine
             run = _Trial(cast(fx.GraphModule, opened.convert().eval()), origins)
-            with using_engine(engine), contextlib.suppress(_Stopped):
+            with using_engine(engine), any_algorithm(), contextlib.suppress(_Stopped):
                 run.run_nodes(images.cpu())
             sites = {**{site.place: site for site in run.sites}, **sites}
     return list(sites.values())

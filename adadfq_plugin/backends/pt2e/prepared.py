@@ -27,7 +27,7 @@ from adadfq_plugin.captures import capture_outputs
 from adadfq_plugin.contracts import Phase
 from adadfq_plugin.errors import ModelError
 from adadfq_plugin.facts import SIZE
-from adadfq_plugin.fake_quantize import refuse_dynamic, switched
+from adadfq_plugin.fake_quantize import has_own_rule, own_rules_note, refuse_dynamic, switched
 from adadfq_plugin.sites import replace_module, sites, take_over
 
 __all__ = ["ATTRIBUTES", "NARROWED", "PT2EPrepared", "input_size"]
@@ -118,10 +118,10 @@ class PT2EPrepared:
         if not shape:
             return
         batch = shape[0] + 1 if isinstance(shape[0], int) else 3  # the example has two where it may vary
-        where = next((each.device for each in self.module.parameters()), torch.device("cpu"))
+        like = next(self.module.parameters(), torch.empty(0))  # another dtype is refused by its name later
         try:
             with torch.no_grad(), self.phase(Phase.FLOAT):
-                output = self.module(torch.zeros(batch, *shape[1:], device=where))
+                output = self.module(like.new_zeros(batch, *shape[1:]))
             takes_any = len(output) == batch
         except RuntimeError:
             takes_any = False
@@ -134,13 +134,20 @@ class PT2EPrepared:
 
     def _learn_quantizers(self) -> None:
         learned: dict[int, LearnedFakeQuantize] = {}
+        own: set[str] = set()
         found = list(sites(self.module))
+        inner = {id(each) for _, module in found if is_quantizer(module) for each in module.children()}
         for path, module in found:
-            if replaceable(module):
+            if id(module) in inner or not replaceable(module):
+                continue
+            if self.trainable and has_own_rule(module, "torchao"):
+                own.add(type(module).__name__)
+            else:
                 if id(module) not in learned:
                     make = LearnedFakeQuantize.like if self.trainable else LearnedFakeQuantize.around
                     learned[id(module)] = make(module)
                 replace_module(self.module, path, learned[id(module)])
+        self.notes += own_rules_note(own)
         for _, module in found:  # ranges derived from others, as of a bias
             sources = getattr(module, "obs_or_fqs", None)
             if sources is not None:
@@ -155,8 +162,10 @@ class PT2EPrepared:
     def phase(self, phase: Phase) -> Iterator[None]:
         """Switches observers and fake quantizers for the length of the ``with``."""
         observe, quantize = phase is Phase.OBSERVE, phase in (Phase.TRAIN, Phase.EVALUATE)
-        quantizers = [module for module in self.module.modules() if isinstance(module, FakeQuantizeBase)]
-        with switched(quantizers, observe=observe, quantize=quantize):
+        modules = list(filter(is_quantizer, self.module.modules()))
+        quantizers = [module for module in modules if isinstance(module, FakeQuantizeBase)]
+        observers = [module for module in modules if not isinstance(module, FakeQuantizeBase)]
+        with switched(quantizers, observers, observe=observe, quantize=quantize):
             yield
 
     def reference(self) -> PT2EPrepared:
