@@ -174,8 +174,10 @@ class FXPrepared:
         narrowed = 0
         for node, largest in self._added_in_16_bits():
             weight = self._weight_quantizer(node)
-            if weight is None:  # of an observer that comes with the conversion, or no layer
-                narrowed += narrow_observed_weight(module_of(self.module, node), largest)
+            if weight is None:  # no layer, rules of its own, or an observer that comes with the conversion
+                layer = module_of(self.module, node)
+                if not hasattr(layer, "weight_fake_quant"):
+                    narrowed += narrow_observed_weight(layer, largest)
                 continue
             levels = weight.quant_min, weight.quant_max
             fitting = levels_that_fit(*levels, largest)
