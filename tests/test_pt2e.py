@@ -268,10 +268,10 @@ def test_layers_that_are_left_in_float_are_folded_as_well() -> None:
 
 @pytest.mark.filterwarnings("ignore:adadfq_plugin. the prepared model is not the teacher:UserWarning")
 def test_observers_forget_what_was_seen_before() -> None:
-    images = models.images(16)
+    model, images = plain(), models.images(16)
 
     def steps(*batches: Tensor) -> list[Tensor]:
-        opened = api.backends().get("pt2e").open(prepare_pt2e(exported(plain()), inductor(qat=False)))
+        opened = api.backends().get("pt2e").open(prepare_pt2e(exported(model), inductor(qat=False)))
         for batch in batches:
             with torch.no_grad(), opened.phase(Phase.OBSERVE):
                 opened.module(batch)
