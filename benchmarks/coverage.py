@@ -42,7 +42,8 @@ import adadfq_plugin
 from adadfq_plugin import api
 from adadfq_plugin.backends.pt2e import compiled
 from adadfq_plugin.errors import AdaDFQError
-from adadfq_plugin.fake_quantize import LearnedQuantizer, switched
+from adadfq_plugin.fake_quantize import LearnedQuantizer
+from adadfq_plugin.switches import switched
 from adadfq_plugin.teacher import multiply_adds
 
 ROOT = Path(__file__).resolve().parent.parent

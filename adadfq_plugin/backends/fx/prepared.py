@@ -45,10 +45,10 @@ from adadfq_plugin.backends.fx.levels import averages_in_float, is_average, is_i
 from adadfq_plugin.captures import argument, capture_outputs
 from adadfq_plugin.contracts import Phase
 from adadfq_plugin.errors import ModelError
-from adadfq_plugin.fake_quantize import has_own_rule, own_rules_note, refuse_dynamic, switched
 from adadfq_plugin.hooks import module_modes
 from adadfq_plugin.ranges import levels_that_fit
 from adadfq_plugin.sites import replace_module, sites, take_over
+from adadfq_plugin.switches import has_own_rule, own_rules_note, refuse_dynamic, switched
 
 __all__ = ["ENGINE", "IN_FLOAT", "FXPrepared", "copies_note"]
 

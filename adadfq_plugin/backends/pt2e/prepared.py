@@ -27,8 +27,8 @@ from adadfq_plugin.captures import capture_outputs
 from adadfq_plugin.contracts import Phase
 from adadfq_plugin.errors import ModelError
 from adadfq_plugin.facts import SIZE
-from adadfq_plugin.fake_quantize import has_own_rule, own_rules_note, refuse_dynamic, switched
 from adadfq_plugin.sites import replace_module, sites, take_over
+from adadfq_plugin.switches import has_own_rule, own_rules_note, refuse_dynamic, switched
 
 __all__ = ["ATTRIBUTES", "NARROWED", "PT2EPrepared", "input_size"]
 
