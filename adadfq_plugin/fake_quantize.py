@@ -6,6 +6,8 @@ FakeQuantizeBase)``. The toolkit's toggles then work on it, and its convert read
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -84,6 +86,12 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
         flat = (a.numel(),), (1,)  # in the order of the memory
         return torch.dot(a.as_strided(*flat), b.as_strided(*flat))
     return (a * b).sum()
+
+
+def _stride(count: int) -> int:
+    """A stride that leaves about ``SAMPLE`` values of so many, of all channels, rows and columns alike."""
+    # one with a divisor of the width would come by the same few columns for ever
+    return next(each for each in itertools.count(max(1, count // SAMPLE)) if math.gcd(each, count) == 1)
 
 
 def _part(rows: Tensor, share: float) -> Tensor:
@@ -256,9 +264,7 @@ class LearnedQuantizer(nn.Module):
         if self.per_channel:
             self._sample = [rows]
             return
-        # an odd stride runs through all channels and places
-        stride = max(1, rows.shape[1] // SAMPLE) | 1
-        self._sample.append(_part(rows[:, ::stride], self._share))
+        self._sample.append(_part(rows[:, :: _stride(rows.shape[1])], self._share))
         if sum(each.shape[1] for each in self._sample) > MOST:
             self._share /= 2
             self._sample = [_part(each, 0.5) for each in self._sample]

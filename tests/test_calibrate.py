@@ -29,7 +29,10 @@ pytestmark = pytest.mark.usefixtures("seeded")
 QUICK: dict[str, Any] = {
     "samples": 24, "batch_size": 8, "steps": 6, "range_samples": 16,
 }  # fmt: skip
-QUICK_G: dict[str, Any] = {**QUICK, "warmup_steps": 6, "latent_dim": 8, "generator_width": 16}
+LENGTHS = ("warmup_steps", "refine_steps", "steps")
+QUICK_G: dict[str, Any] = {
+    **QUICK, "warmup_steps": 6, "refine_steps": 6, "latent_dim": 8, "generator_width": 16,
+}  # fmt: skip
 TOLD: dict[str, Any] = {"input_size": 16, "mean": (0.5,) * 3, "std": (0.25,) * 3}
 
 
@@ -413,7 +416,7 @@ def test_progress_sees_every_step() -> None:
 
 
 def test_minutes_bound_the_run() -> None:
-    settings = {name: value for name, value in QUICK_G.items() if name not in ("warmup_steps", "steps")}
+    settings = {name: value for name, value in QUICK_G.items() if name not in LENGTHS}
     result = adadfq_plugin.calibrate(models.prepared(), settings=settings, minutes=0.03, **TOLD)
     assert 0.5 < sum(result.seconds.values()) < 6
     assert len(result.history.column("game", "loss")[0]) >= 3
@@ -484,8 +487,8 @@ torch.set_num_threads(1)
 import models, adadfq_plugin
 torch.manual_seed(5)
 prepared = models.prepared(4)
-settings = dict(samples=24, batch_size=8, steps=6, range_samples=16, warmup_steps=6, latent_dim=8,
-                generator_width=16)
+settings = dict(samples=24, batch_size=8, steps=6, range_samples=16, warmup_steps=6, refine_steps=6,
+                latent_dim=8, generator_width=16)
 result = adadfq_plugin.calibrate(prepared, settings=settings, input_size=16, mean=(0.5,) * 3, std=(0.25,) * 3,
                                  seed=int(sys.argv[2]))
 digest = hashlib.sha256(result.samples.images().numpy().tobytes())

@@ -39,7 +39,9 @@ FACTS = (
     *("--mean", 0.5, 0.5, 0.5, "--std", 0.5, 0.5, 0.5),
     *("--crop-pct", 0.95, "--interpolation", "bilinear"),
 )
-GENERATOR = ("--warmup-steps", "2", "--generator-width", "16", "--latent-dim", "8")
+GENERATOR = (
+    "--warmup-steps", "2", "--refine-steps", "2", "--generator-width", "16", "--latent-dim", "8",
+)  # fmt: skip
 KEPT = ("--samples", "8")
 FILES = {"quantized.pt", "report.html", "report.json", "report.md", "samples.safetensors", "settings.toml"}
 
@@ -336,7 +338,7 @@ def refused(code: int, said: str, *words: object) -> None:
             r"mean and std don.t fit each other",
         ),
         (("--config", "nowhere.toml"), r"nowhere\.toml"),
-        (("--minutes", 1, "--refine-steps", 2), "leave one of them unset"),
+        (("--minutes", 1), "leave one of them unset"),
     ],
 )
 def test_settings_that_cannot_be_used(
@@ -402,7 +404,7 @@ def test_a_broken_image_is_found_before_the_work(
     words = (*given.words, "--val", given.images, "-o", tmp_path / "out", "--device", "cuda:99")
     refused(2, "device 'cuda:99' can't be used", "quantize", *words)
     words = (*words[:-2], "--preset", "paper_cifar", "--minutes", "5")
-    refused(2, "minutes = 5 has no say where steps, warmup_steps are set", "quantize", *words)
+    refused(2, "minutes = 5 has no say where refine_steps, steps, warmup_steps are set", "quantize", *words)
     assert [path.name for path in tmp_path.iterdir()] == ["val"]
 
 

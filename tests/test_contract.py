@@ -32,8 +32,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Converting a tensor to a Python"),  # torch.jit.trace
 ]
 QUICK: dict[str, Any] = {
-    "samples": 16, "batch_size": 8, "steps": 4, "range_samples": 16, "warmup_steps": 4, "latent_dim": 8,
-    "generator_width": 16,
+    "samples": 16, "batch_size": 8, "steps": 4, "range_samples": 16, "warmup_steps": 4, "refine_steps": 4,
+    "latent_dim": 8, "generator_width": 16,
 }  # fmt: skip
 TOLD: dict[str, Any] = {"input_size": 16, "mean": (0.5,) * 3, "std": (0.25,) * 3, "settings": QUICK}
 NETWORKS: dict[str, Callable[[], nn.Module]] = {"residual": models.trained, "inverted": models.inverted}

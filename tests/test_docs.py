@@ -57,7 +57,8 @@ def test_the_three_lines_leave_an_integer_network(
     example_inputs = (torch.randn(16, 3, 16, 16),)
     model(*example_inputs)
     expected = model.eval()(*example_inputs).detach()
-    short = {"samples": 16, "batch_size": 8, "steps": 2, "warmup_steps": 2, "range_samples": 16}
+    lengths = {"warmup_steps": 2, "refine_steps": 2, "steps": 2}
+    short = {**lengths, "samples": 16, "batch_size": 8, "range_samples": 16}
     quick = functools.partial(adadfq_plugin.calibrate, settings=short)
     monkeypatch.setattr(adadfq_plugin, "calibrate", quick)
     names |= {"model": model, "example_inputs": example_inputs}

@@ -168,6 +168,20 @@ def test_the_sample_of_many_small_batches_is_bounded_and_of_all_of_them(
     assert made._sample[0].numel() == 100  # the next search starts anew
 
 
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize(("channels", "side"), [(64, 56), (512, 7), (1024, 14), (16, 112), (96, 24), (3, 224)])
+def test_the_sample_is_of_all_rows_and_columns_alike(batch: int, channels: int, side: int) -> None:
+    """Sides of networks for ImageNet are 7, 14, 28: every 63rd value lies in one column of seven."""
+    made = LearnedFakeQuantize()
+    made.sampling = True
+    columns = torch.arange(float(side)).expand(batch, channels, side, side)
+    for places in (columns, columns.mT):
+        made(places)
+        counts = made._sample.pop().flatten().long().bincount(minlength=side).float()
+        assert counts.sum() >= min(fake_quantize.SAMPLE / 2, places.numel())
+        assert (counts / counts.mean() - 1).abs().max() < 0.05
+
+
 def test_search_is_never_worse_than_min_max() -> None:
     rows = torch.cat((torch.randn(4, 500), torch.full((4, 1), 20.0)), dim=1)
     scale, zero = search_range(rows, 0, 15, symmetric=False)

@@ -326,7 +326,8 @@ def test_a_graph_that_overwrites_and_drops_is_calibrated() -> None:
     with torch.no_grad(), opened.phase(Phase.FLOAT):
         torch.testing.assert_close(opened.module(batch), expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(opened.float_model().eval()(batch), expected, rtol=1e-4, atol=1e-4)
-    settings = {"samples": 16, "batch_size": 8, "steps": 4, "warmup_steps": 4, "generator_width": 16}
+    lengths = {"warmup_steps": 4, "refine_steps": 4, "steps": 4}
+    settings = {**lengths, "samples": 16, "batch_size": 8, "generator_width": 16}
     told: dict[str, Any] = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
     adadfq_plugin.calibrate(prepared, example_inputs=EXAMPLE, settings=settings, **told)
     with torch.no_grad():

@@ -57,8 +57,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:must run observer before calling calculate_qparams:UserWarning"),
 ]
 QUICK: dict[str, Any] = {
-    "samples": 16, "batch_size": 8, "steps": 4, "range_samples": 16, "warmup_steps": 4, "latent_dim": 8,
-    "generator_width": 16,
+    "samples": 16, "batch_size": 8, "steps": 4, "range_samples": 16, "warmup_steps": 4, "refine_steps": 4,
+    "latent_dim": 8, "generator_width": 16,
 }  # fmt: skip
 TOLD: dict[str, Any] = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "settings": QUICK}
 DYNAMIC = ({0: torch.export.Dim.AUTO},)

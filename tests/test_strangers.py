@@ -37,7 +37,9 @@ pytestmark = pytest.mark.usefixtures("seeded")
 QUICK: dict[str, Any] = {
     "samples": 16, "batch_size": 8, "steps": 3, "range_samples": 16,
 }  # fmt: skip
-QUICK_G: dict[str, Any] = {**QUICK, "warmup_steps": 3, "latent_dim": 8, "generator_width": 16}
+QUICK_G: dict[str, Any] = {
+    **QUICK, "warmup_steps": 3, "refine_steps": 3, "latent_dim": 8, "generator_width": 16,
+}  # fmt: skip
 TOLD: dict[str, Any] = {"input_size": 16, "mean": (0.5,) * 3, "std": (0.25,) * 3}
 EXAMPLE = (torch.zeros(2, *models.SIZE),)
 
