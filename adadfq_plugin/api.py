@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from numbers import Integral
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -27,6 +30,7 @@ from adadfq_plugin.contracts import Progress, Task
 from adadfq_plugin.dataset import SyntheticDataset
 from adadfq_plugin.errors import BrokenPluginError, ModelError, SettingsError, first_line
 from adadfq_plugin.facts import device_of, find_facts
+from adadfq_plugin.functional import top1_accuracy
 from adadfq_plugin.hooks import any_algorithm, fork_rng, kept_buffers, module_modes, plain_tensors
 from adadfq_plugin.refusals import checked_run, outcome_check, refuse_other_modules
 from adadfq_plugin.results import Evaluation, Result
@@ -45,6 +49,15 @@ __all__ = [
     "quantize",
     "synthesize",
 ]
+
+
+def _callers_level() -> int:
+    """How many frames up from the caller the first one is that is not of this package: whom a warning is for."""
+    own = (str(Path(__file__).parent), contextlib.__file__)
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(own):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _silent(_phase: str, _step: int, _total: int, _figures: Mapping[str, float]) -> None:
@@ -156,8 +169,7 @@ def calibrate(
         def tell(sentence: str, advice: str = "") -> None:
             if sentence:
                 told.append(sentence)
-                # the caller's line, behind this function, calibrate and plain_tensors
-                warnings.warn(f"adadfq_plugin: {sentence}{advice}", UserWarning, stacklevel=4)
+                warnings.warn(f"adadfq_plugin: {sentence}{advice}", UserWarning, stacklevel=_callers_level())
 
         tell(facts.guessed, "; pass them by keyword")
         if opened.trainable and not opened.weights():
@@ -323,13 +335,14 @@ def evaluate(
     with torch.no_grad(), modes, buffers:
         for images, labels in batches:
             logits = model(images.to(where)).cpu()
-            if labels.shape != logits.shape[:1] or labels.is_floating_point() or logits.ndim != 2:
+            try:
+                share = top1_accuracy(logits, labels.cpu())
+            except ValueError as error:
                 raise SettingsError(
                     f"labels of shape {tuple(labels.shape)} ({labels.dtype}) for logits of shape "
-                    f"{tuple(logits.shape)}: labels (N,) are to be the numbers of the classes, logits (N, classes)"
-                )
-            answered = ~logits.isnan().any(1)  # NaN would be the largest
-            right += int(((logits.argmax(1) == labels.cpu()) & answered).sum())
+                    f"{tuple(logits.shape)}: {error}; they are to be the numbers of the classes, from 0"
+                ) from error
+            right += round(share * len(labels))
             count += len(labels)
             if progress is not None:
                 progress(count)

@@ -1,4 +1,4 @@
-"""Frozen, validated settings: each default stands here once; CLI options and docs are made from it."""
+"""Frozen, validated settings: each default of a run stands here once; CLI options and docs are made from it."""
 
 from __future__ import annotations
 

@@ -226,7 +226,7 @@ class LearnedQuantizer(nn.Module):
         return self._fake_quantize(X)
 
     def _fake_quantize(self, x: Tensor) -> Tensor:
-        axis = self.ch_axis if self.per_channel else -1
+        axis = self.ch_axis % x.ndim if self.per_channel else -1
         quantized: Tensor = _LearnedStep.apply(
             x, self.log_scale, self.zero_point, self.quant_min, self.quant_max, axis, self.averages
         )
@@ -245,7 +245,9 @@ class LearnedQuantizer(nn.Module):
         self.ndim = x.ndim
         rows = self._rows(x).float()
         lower, upper = rows.amin(1), rows.amax(1)
-        if bool((lower - upper).isinf().any()):  # a mask, or padding for a maximum: it takes the last level
+        if bool(
+            (lower.isinf() | upper.isinf()).any()
+        ):  # a mask, or padding for a maximum: it takes the last level
             rows = rows.masked_fill(rows.isinf(), 0)
             lower, upper = rows.amin(1), rows.amax(1)
         if self.per_channel:  # a weight: what counts is the newest
@@ -309,7 +311,9 @@ class LearnedQuantizer(nn.Module):
 
     def along(self, values: Tensor, ndim: int) -> Tensor:
         """One value a channel, or one for all, in the shape that goes with a tensor of so many dimensions."""
-        return values.view([-1 if self.per_channel and dim == self.ch_axis else 1 for dim in range(ndim)])
+        return values.view(
+            [-1 if self.per_channel and dim == self.ch_axis % ndim else 1 for dim in range(ndim)]
+        )
 
     @torch.no_grad()
     def settled(self, weight: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import random
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,20 +52,31 @@ def module_modes(module: nn.Module, training: bool) -> Iterator[None]:
     """
     flags = [(submodule, submodule.training) for submodule in module.modules()]
     try:
-        try:
-            module.train(training)
-        except NotImplementedError:
-            if not isinstance(module, GraphModule):
-                raise
+        _set_mode(module, training)
         yield
     finally:
         for submodule, flag in flags:
             submodule.training = flag
 
 
+def _set_mode(module: nn.Module, training: bool) -> None:
+    try:
+        module.train(training)
+    except NotImplementedError:
+        if isinstance(module, GraphModule):
+            return
+        if not any(isinstance(each, GraphModule) for each in module.modules()):
+            raise
+        module.training = training
+        for child in module.children():
+            _set_mode(child, training)
+
+
 @contextmanager
 def kept_buffers(module: nn.Module) -> Iterator[None]:
     """Give a module its buffers back after it was run: some count how often, or keep what they have seen.
+
+    Fake quantizers that learn keep what they have seen in parameters, which they get back as well.
 
     Args:
         module: The root of the tree.
@@ -81,19 +93,21 @@ def kept_buffers(module: nn.Module) -> Iterator[None]:
         (0, [0.0, 0.0])
     """
     plain = [each for each in module.modules() if not isinstance(each, torch.jit.ScriptModule)]
-    before = [(each._buffers, dict(each._buffers)) for each in plain]
-    values = {buffer: buffer.clone() for _, own in before for buffer in own.values() if buffer is not None}
+    tables: list[dict[str, Any]] = [each._buffers for each in plain]
+    tables += [each._parameters for each in plain if "fake_quant_enabled" in each._buffers]
+    before = [(table, dict(table)) for table in tables]
+    values = {kept: kept.detach().clone() for _, own in before for kept in own.values() if kept is not None}
     try:
         yield
     finally:
         for own, kept in before:
             own.update(kept)
         with torch.no_grad():
-            for buffer, value in values.items():
-                if buffer.shape != value.shape:  # observers learn the number of channels from what they see
-                    buffer.resize_(value.shape)
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
+            for kept, value in values.items():
+                if kept.shape != value.shape:  # observers learn the number of channels from what they see
+                    kept.resize_(value.shape)
+                if not torch.equal(kept, value):
+                    kept.copy_(value)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from adadfq_plugin.captures import Call, capture_calls, capture_inputs
 from adadfq_plugin.config import GeneratorSettings
 from adadfq_plugin.errors import ModelError, SettingsError
+from adadfq_plugin.facts import device_of
 from adadfq_plugin.functional import (
     bn_statistics_loss,
     channel_moments,
@@ -228,6 +229,11 @@ def _attention(call: Call) -> Tensor | None:
         x = call.output
         if x.ndim != 4 or x.shape[1] < 2 or x.shape[3] < LEAST_PATCHES:
             return None
+        if call.argument(1, "dim") not in (
+            -1,
+            3,
+        ):  # ResNeSt weighs branches by one, over its second dimension
+            return None
         return x[:, _some(x.shape[1], MOST_HEADS)][:, :, _some(x.shape[2], MOST_QUERIES)]
     query, key = call.argument(0, "query"), call.argument(1, "key")
     if (
@@ -321,7 +327,8 @@ class PriorSum:
         """The sum over the most recent forward pass of the teacher."""
         with ExitStack() as stack:
             losses = [(weight, stack.enter_context(prior.watch(teacher))) for weight, prior in self.parts]
-            yield lambda: sum((weight * part() for weight, part in losses), torch.zeros(()))
+            nothing = torch.zeros((), device=device_of(teacher.model))
+            yield lambda: sum((weight * part() for weight, part in losses), nothing)
 
 
 def choose_priors(settings: GeneratorSettings, teacher: Teacher) -> tuple[PriorSum, list[str]]:

@@ -80,7 +80,7 @@ def outcome_check(name: str, task: Task) -> Callable[[Any], Outcome]:
         return sum(len(each._forward_hooks) + len(each._forward_pre_hooks) for each in module.modules())
 
     def sums() -> list[float]:
-        return [each.double().sum().item() for each in teacher.parameters()]
+        return [each.detach().cpu().double().sum().item() for each in teacher.parameters()]
 
     before = hooks(), sums()
 

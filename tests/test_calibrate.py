@@ -290,6 +290,10 @@ def test_guesses_are_named_in_one_warning() -> None:
     with pytest.warns(UserWarning, match="input_size = .*guess.*mean.*guess") as caught:
         result = adadfq_plugin.calibrate(models.prepared(), settings={**QUICK_G, "steps": 0})
     assert len([each for each in caught if "not told" in str(each.message)]) == 1
+    with pytest.warns(UserWarning, match="input_size = .*guess.*mean.*guess") as again:
+        adadfq_plugin.quantize(models.trained(), settings={**QUICK_G, "steps": 0})
+    told = [each for each in (*caught, *again) if "not told" in str(each.message)]
+    assert [each.filename for each in told] == [__file__] * 2  # the caller's line, not ours
     assert set(result.facts.guesses) == {"input_size", "mean", "std"}
     assert "not told" in result.warnings[0]
 
@@ -715,6 +719,8 @@ def test_labels_that_are_no_classes_are_refused(shape: tuple[int, ...]) -> None:
         adadfq_plugin.evaluate(models.trained(), [(batch, labels)])
     with pytest.raises(SettingsError, match=r"float32"):
         adadfq_plugin.evaluate(models.trained(), [(batch, torch.zeros(8))])
+    with pytest.raises(SettingsError, match=r"must be in \[0, 5\); got 1 to 5; .* classes, from 0"):
+        adadfq_plugin.evaluate(models.trained(), [(batch[:5], torch.arange(5) + 1)])
 
 
 def test_observers_learn_nothing_from_labelled_images() -> None:
@@ -723,7 +729,7 @@ def test_observers_learn_nothing_from_labelled_images() -> None:
     with torch.no_grad():
         prepared(models.images(16))
     fresh = prepare_fx(models.trained(), mapping, (torch.zeros(2, *models.SIZE),))
-    for model in (prepared, fresh):
+    for model in (prepared, fresh, models.prepared()):
         before = models.state(model)
         adadfq_plugin.evaluate(model, [(9 * models.images(16), torch.zeros(16, dtype=torch.int64))])
         assert models.same(before, models.state(model))

@@ -95,6 +95,14 @@ def test_they_are_backends(backend: Backend) -> None:
     assert not backend.recognises(models.trained())
 
 
+def test_the_lowest_bits_are_those_of_all_that_is_quantized(backend: Backend) -> None:
+    widths = ((8, 8, 8), (4, 8, 8), (8, 5, 8), (8, 8, 3))
+    for weight, activation, boundary in widths:
+        scheme = Scheme(weight_bits=weight, activation_bits=activation, boundary_bits=boundary)
+        opened = backend.open(backend.prepare(models.trained(), models.SIZE, scheme))
+        assert opened.lowest_bits == min(weight, activation, boundary)
+
+
 @pytest.mark.parametrize("name", ["suffix", "integer_macs", "load"])
 def test_what_lacks_a_part_is_refused_by_name(name: str) -> None:
     """Also what was added to the protocol since the other was written."""

@@ -67,6 +67,21 @@ def test_infinite_values_take_the_last_levels_of_the_others_range() -> None:
     made = quantizer(x)
     assert made.scale.item() == pytest.approx(0.2)
     torch.testing.assert_close(made(x), torch.tensor([-1.0, -1.0, 2.0, 2.0]))
+    made.reset()
+    made.enable_observer()
+    made(torch.full((4,), -torch.inf))  # a row that is masked as a whole
+    made(x)
+    assert made.scale.item() == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 3])
+def test_channels_may_be_counted_from_the_last(axis: int) -> None:
+    weight = torch.randn(3, 4, 2, 2)
+    results = []
+    for each in (axis, axis - 4):
+        made = LearnedFakeQuantize(-8, 7, torch.qint8, torch.per_channel_symmetric, ch_axis=each)
+        results.append((made(weight), made.settled(weight)))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 def test_per_channel_gradients_are_those_of_each_channel() -> None:
@@ -169,7 +184,9 @@ def test_the_sample_of_many_small_batches_is_bounded_and_of_all_of_them(
 
 
 @pytest.mark.parametrize("batch", [1, 8])
-@pytest.mark.parametrize(("channels", "side"), [(64, 56), (512, 7), (1024, 14), (16, 112), (96, 24), (3, 224)])
+@pytest.mark.parametrize(
+    ("channels", "side"), [(64, 56), (512, 7), (1024, 14), (16, 112), (96, 24), (3, 224)]
+)
 def test_the_sample_is_of_all_rows_and_columns_alike(batch: int, channels: int, side: int) -> None:
     """Sides of networks for ImageNet are 7, 14, 28: every 63rd value lies in one column of seven."""
     made = LearnedFakeQuantize()

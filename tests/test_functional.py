@@ -156,6 +156,19 @@ class TestTwins:
         assert ours == approx(twins.patch_similarity_entropy(tokens, 0.05, 48))
         ours = functional.patch_similarity_entropy(t(tokens), bandwidth=0.2, points=9, pairs=5).numpy()
         assert ours == approx(twins.patch_similarity_entropy(tokens, 0.2, 9, every=5))
+        for count, pairs in ((2, 1), (3, 2), (50, 128), (50, 10**6)):
+            tokens = rng.normal(size=(2, count, 4))
+            every = -(-(count * (count - 1) // 2) // pairs)
+            ours = functional.patch_similarity_entropy(t(tokens), pairs=pairs).numpy()
+            assert ours == approx(twins.patch_similarity_entropy(tokens, 0.05, 48, every=every))
+
+    def test_patches_of_a_large_map_are_compared_in_little_memory(self) -> None:
+        """Of 50,000 places all pairs would take 20 GB."""
+        i, j = functional.images._some_pairs(224 * 224, 128)
+        assert len(i) == 128
+        assert bool((i < j).all())
+        assert int(i.min()) == 0
+        assert 49_900 < int(j.max()) < 224 * 224
 
     def test_head_similarity(self, rng: np.random.Generator) -> None:
         attention = rng.dirichlet(np.ones(6), size=(2, 3, 5))

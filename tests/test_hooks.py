@@ -246,6 +246,16 @@ class TestModuleModes:
             module_modes(model, False).__enter__()
         assert flags(model) == [True, True]
 
+    def test_what_holds_a_graph_of_torch_export_changes_around_it(self) -> None:
+        graph = torch.export.export(nn.Sequential(nn.Dropout()), (torch.ones(4),)).module()
+        first, last = nn.Dropout(), nn.Dropout()
+        model = nn.Sequential(first, nn.Sequential(graph, last))
+        before = flags(model)
+        with module_modes(model, False):
+            assert flags(first) == flags(last) == [False]
+            assert flags(graph) == before[3:-1]
+        assert flags(model) == before
+
     def test_graphs_of_torch_export_stay_as_they_are(self) -> None:
         graph = torch.export.export(nn.Sequential(nn.Dropout()), (torch.ones(4),)).module()
         before = flags(graph)

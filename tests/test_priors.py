@@ -178,12 +178,21 @@ def test_heads_of_fused_attention_are_those_of_its_softmax(heads: int) -> None:
         assert torch.allclose(one[0], -head_similarity(maps[0]).mean())
 
 
+class SplitAttention(nn.Module):
+    """Weighs channels by a softmax over them, as ResNeSt weighs its branches."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * x.softmax(1)).flatten(1)
+
+
 def test_priors_say_why_not() -> None:
     linear = Teacher(nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 5)), FACTS)
     one_head, trained = Teacher(Transformer(heads=1), FACTS), Teacher(models.trained(), FACTS)
     assert "no BatchNorm" in str(BNStatistics().reason(linear))
     assert "no attention, normalisation or convolution" in str(PatchSimilarity().reason(linear))
     assert "no attention of several heads" in str(HeadSimilarity().reason(one_head))
+    split = Teacher(nn.Sequential(nn.Unflatten(1, (3, 1)), nn.Flatten(2, 3), SplitAttention()), FACTS)
+    assert "no attention of several heads" in str(HeadSimilarity().reason(split))
     assert TotalVariation().reason(linear) is None
     assert "one pixel" in str(TotalVariation().reason(Teacher(nn.Identity(), Facts((3, 1, 9), 5))))
     assert BNStatistics().reason(trained) is None
@@ -228,6 +237,12 @@ def test_what_cannot_be_used_is_an_error_with_the_reason() -> None:
 def test_a_sum_of_no_priors_is_zero() -> None:
     with PriorSum([]).watch(Teacher(models.trained(), FACTS)) as loss:
         assert loss() == 0.0
+
+
+def test_a_sum_of_no_priors_is_where_the_network_is() -> None:
+    """A device without values stands for a GPU: beside figures that are there, this one has to be as well."""
+    with PriorSum([]).watch(Teacher(models.trained().to("meta"), FACTS)) as loss:
+        assert loss().device.type == "meta"
 
 
 def test_image_norm_is_of_the_input() -> None:

@@ -50,7 +50,7 @@ from torchao.quantization.pt2e.quantizer import xpu_inductor_quantizer as xpu
 from adadfq_plugin.backends.pt2e import LearnedFakeQuantize, PT2EBackend, SchemeQuantizer
 from adadfq_plugin.backends.pt2e import quantizer as quantizer_module
 from adadfq_plugin.backends.pt2e.folding import absorb_eps
-from adadfq_plugin.backends.pt2e.graphs import plain_copy, use_eval_mode, use_no_mutation
+from adadfq_plugin.backends.pt2e.graphs import is_constant, plain_copy, use_eval_mode, use_no_mutation
 
 pytestmark = [
     pytest.mark.usefixtures("seeded"),
@@ -439,6 +439,17 @@ def test_levels_behind_a_maximum_are_those_before_it(
     model: Any = PT2EBackend().prepare(net.eval(), models.SIZE, scheme)
     second = [node for node in model.graph.nodes if node.target is ATEN.conv2d.default][1]
     assert model.get_submodule(second.args[1].target).quant_min == least
+
+
+def test_graphs_deeper_than_pythons_stack() -> None:
+    graph = torch.fx.Graph()
+    image = graph.placeholder("x")
+    weight: torch.fx.Node = graph.get_attr("weight")
+    for _ in range(2 * sys.getrecursionlimit()):
+        image, weight = (graph.call_function(ATEN.relu.default, (each,)) for each in (image, weight))
+    assert is_constant(weight)
+    assert not is_constant(image)
+    assert not is_constant(graph.call_function(ATEN.add.Tensor, (weight, image)))
 
 
 def test_only_inductors_engines() -> None:

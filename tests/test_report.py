@@ -102,6 +102,8 @@ def test_the_figures_stand_in_the_report(tmp_path: Path) -> None:
     assert values["accuracy"]["standard_error"]["float"] == pytest.approx((0.878 * 0.122 / 500) ** 0.5)
     assert values["shares"] == {"below": 0.25, "between": 0.5, "above": 0.25}
     assert values["settings"]["lambda_l"] == 0.1
+    none = make(information=torch.full((4,), torch.nan), boundaries=(0.1, 0.8)).shares()
+    assert none == {"below": 0, "between": 0, "above": 0}
     assert values["environment"]["versions"]["torch"] == torch.__version__.partition("+")[0]
     assert values["history"][2]["step"] == 2
 

@@ -243,16 +243,25 @@ def patch_similarity_entropy(
         raise ValueError(f"bandwidth must be finite and positive; got {bandwidth}")
     if points < 2 or pairs < 1:
         raise ValueError(f"points must be at least 2 and pairs at least 1; got {points} and {pairs}")
-    i, j = torch.triu_indices(tokens.shape[1], tokens.shape[1], 1, device=tokens.device)
-    every = -(-len(i) // pairs)
+    i, j = (each.to(tokens.device) for each in _some_pairs(tokens.shape[1], pairs))
     units = F.normalize(tokens, dim=2)
-    similarity = (units[:, i[::every]] * units[:, j[::every]]).sum(2)
+    similarity = (units[:, i] * units[:, j]).sum(2)
     reach = 1 + 4 * bandwidth
     places = torch.linspace(-reach, reach, points, dtype=tokens.dtype, device=tokens.device)
     kernel = ((places - similarity[:, :, None]) / bandwidth).square().mul(-0.5).exp()
     density = kernel.mean(1) / (bandwidth * math.sqrt(2 * math.pi))
     smallest = torch.finfo(density.dtype).tiny
     return -(density * density.clamp_min(smallest).log()).sum(1) * (2 * reach / (points - 1))
+
+
+def _some_pairs(count: int, most: int) -> tuple[Tensor, Tensor]:
+    """Pairs i < j of so many, row by row: all, or every so many-th; never all at a time, which are half the square."""
+    first = torch.arange(count - 1)
+    starts = first * (2 * count - first - 1) // 2  # ranks of the pairs (i, i + 1)
+    total = count * (count - 1) // 2
+    ranks = torch.arange(0, total, -(-total // most))
+    i = torch.searchsorted(starts, ranks, right=True) - 1
+    return i, ranks - starts[i] + i + 1
 
 
 def head_similarity(attention: Tensor) -> Tensor:

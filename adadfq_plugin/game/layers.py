@@ -38,7 +38,7 @@ class Layer:
     @property
     def by_output(self) -> bool:
         """Whether each output has one step size."""
-        return not self.quantizer.per_channel or self.quantizer.ch_axis == 0
+        return not self.quantizer.per_channel or self.quantizer.ch_axis in (0, -self.weight.ndim)
 
 
 class Layers(TorchFunctionMode):

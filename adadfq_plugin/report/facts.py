@@ -132,7 +132,11 @@ class Report:
             return None
         low, high = self.boundaries
         below, above = self.information < low, self.information > high
-        shares = {"below": below, "between": ~(below | above), "above": above}
+        shares = {
+            "below": below,
+            "between": (low <= self.information) & (self.information <= high),
+            "above": above,
+        }
         return {where: each.double().mean().item() for where, each in shares.items()}
 
     def as_dict(self) -> dict[str, Any]:

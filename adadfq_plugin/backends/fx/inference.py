@@ -28,9 +28,8 @@ DROPOUTS = tuple(
 )
 """Their arguments have no names that Python could see: input, p, train."""
 AUGMENTED = {
-    getattr(operator, f"i{name}"): getattr(operator, name)
+    getattr(operator, f"i{name.rstrip('_')}"): getattr(operator, name)
     for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "and_", "or_")
-    if hasattr(operator, f"i{name}")
 }
 HARMLESS = ("requires_grad_", "share_memory_")
 """Methods that write no values."""

@@ -121,9 +121,10 @@ class FXPrepared:
         if self.trainable:
             self._learn_quantizers()
             absorb_clamps(self.module)
-            self.lowest_bits = min((quantizer.bits for quantizer in self._quantizers()), default=8)
             self._note_rounded_terms()
         self._widen_boundary()
+        if self.trainable:
+            self.lowest_bits = min((quantizer.bits for quantizer in self._quantizers()), default=8)
         self._mark_averages()
         if not self._calibrated:  # its ranges go with its levels
             self._fit_kernels()

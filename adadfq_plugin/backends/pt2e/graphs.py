@@ -120,11 +120,15 @@ def set_tensor(model: nn.Module, path: str, value: Tensor, trained: bool) -> str
 
 def is_constant(node: Any) -> bool:
     """Whether a value depends on parameters and buffers alone."""
-    if not isinstance(node, Node):
-        return True
-    if node.op in ("placeholder", "call_module"):
-        return False
-    return node.op == "get_attr" or all(map(is_constant, node.all_input_nodes))
+    waiting, seen = [node] if isinstance(node, Node) else [], set()
+    while waiting:  # graphs are deeper than Python's stack
+        each = waiting.pop()
+        if each.op in ("placeholder", "call_module"):
+            return False
+        if each not in seen:
+            seen.add(each)
+            waiting.extend(each.all_input_nodes)
+    return True
 
 
 def value_of(model: GraphModule, node: Any) -> Any:
