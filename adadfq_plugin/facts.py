@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -39,6 +40,7 @@ SIZE_SOURCE = "adadfq_input_size_from"
 LARGE = 64
 USUAL_SIDE = {10: 32, 100: 32, 200: 64, 1000: 224, 21843: 224, 21841: 224}
 """Image side of the usual data set with that many classes (CIFAR, Tiny ImageNet, ImageNet)."""
+ALONE = "wrap it so that it does"
 TRIAL_SIDES = (224, 32, 64, 28, 96, 128, 160, 192, 240, 256, 288, 299, 320, 384, 448, 512)
 
 
@@ -158,6 +160,12 @@ class _RefusedSizeError(Exception):
 def _count_logits(model: nn.Module, input_size: Sequence[int]) -> int:
     """How many logits the model gives an image of that size; :class:`_RefusedSizeError` where it gives none."""
     try:
+        inspect.signature(model.forward).bind(None)
+    except ValueError:  # it tells nobody what it takes
+        pass
+    except TypeError as error:
+        raise ModelError(f"the model doesn't take images alone ({error}): {ALONE}") from error
+    try:
         with torch.no_grad(), module_modes(model, False), kept_buffers(model):
             output = model(torch.zeros(2, *input_size, device=device_of(model)))
     except Exception as error:  # whatever the model raises
@@ -231,10 +239,16 @@ def _size_of(example_inputs: Any) -> tuple[int, ...]:
         first = example_inputs[0]
     if not isinstance(first, Tensor) or first.dim() != 4:
         raise ModelError(
-            f"example_inputs are a batch of images (N, channels, height, width), or a tuple of one, not {first!r:.60}; "
-            "a network of several inputs is to be wrapped so that it takes images alone"
+            "example_inputs are a batch of images (N, channels, height, width), or a tuple of one, not "
+            f"{_kind(first)}; a network of several inputs doesn't take images alone: {ALONE}"
         )
     return tuple(first.shape[1:])
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return f"{len(value)} of them" if isinstance(value, tuple | list) else type(value).__name__
 
 
 def _as_size(model: nn.Module, value: Any, channels: Sequence[int]) -> tuple[int, int, int]:

@@ -471,8 +471,8 @@ def test_biases_take_up_what_flipping_weights_do_to_means(
     assert all(map(torch.equal, after, steady))  # nothing has been changed since
     for old, moved, left in zip(before, flipped, steady, strict=True):
         shift = (moved - old).abs().mean()
-        # at the edges of padded images the inputs have other means
-        assert (left - old).abs().mean() < 0.5 * shift
+        # of a level and 0.002 the means are to move by the latter
+        assert (left - old).abs().mean() < 0.003 * shift
 
 
 def test_steady_means_are_what_their_setting_switches(backend: Backend) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import models
 import pytest
@@ -335,6 +335,31 @@ def test_networks_without_values_or_graph_are_refused() -> None:
         adadfq_plugin.calibrate(
             models.prepared(), example_inputs=2 * EXAMPLE, mean=(0.5,) * 3, std=(0.5,) * 3
         )
+
+
+class Gated(nn.Module):
+    """Takes more than images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = models.trained()
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        return cast(Tensor, self.network(x)) * gate
+
+
+def test_a_network_that_takes_more_than_images_is_told_what_to_do() -> None:
+    mapping = adadfq_plugin.qconfig_mapping(Scheme())
+    prepared = prepare_qat_fx(Gated().train(), mapping, (*EXAMPLE, torch.ones(1)))
+    words = r"doesn't take images alone \(missing a required argument: 'gate'\): wrap it"
+    for size in (None, 16):
+        with pytest.raises(ModelError, match=words):
+            adadfq_plugin.quantize(Gated().eval(), input_size=size)
+        with pytest.raises(ModelError, match=words):
+            adadfq_plugin.calibrate(prepared, input_size=size)
+    for example, kind in ((2 * EXAMPLE, "2 of them"), (torch.zeros(3, 4), r"a tensor of shape \(3, 4\)")):
+        with pytest.raises(ModelError, match=rf"or a tuple of one, not {kind};"):
+            adadfq_plugin.calibrate(prepared, example_inputs=example)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -166,7 +166,7 @@ def rounding_shift(weight: Array, rounded: Array, means: Array) -> Array:
     size = len(weight) // len(means)
     return np.array(
         [
-            sum((rounded[o, i] - weight[o, i]).sum() * means[o // size, i] for i in range(weight.shape[1]))
+            sum((rounded[o] - weight[o]).flat[k] * means[o // size, k] for k in range(weight[o].size))
             for o in range(len(weight))
         ]
     )

@@ -85,15 +85,16 @@ def compensated_weights(
 
 
 def rounding_shift(weight: Tensor, rounded: Tensor, means: Tensor) -> Tensor:
-    r"""What rounding a layer's weight adds to the mean of its outputs, apart from the edges of padded images.
+    r"""What rounding a layer's weight adds to the mean of its outputs.
 
-    .. math:: \Delta_o = \sum_{i, k} (\hat w_{oik} - w_{oik}) \, \mu_{g(o), i}
+    .. math:: \Delta_o = \sum_k (\hat w_{ok} - w_{ok}) \, \mu_{g(o), k}
 
     Args:
-        weight: w, shape (outputs, inputs of a group, ...), the rest being the kernel's places k.
+        weight: w, shape (outputs, inputs of a group, ...), the rest being the kernel's places; K weights an output.
         rounded: :math:`\hat w`, in the same shape.
-        means: :math:`\mu`, the mean of each input, shape (groups, inputs of a group); the outputs fall into as many
-            groups :math:`g(o)`, one after the other.
+        means: :math:`\mu`, the mean of what each weight is multiplied by, shape (groups, K), in the weights' order; the
+            outputs fall into as many groups :math:`g(o)`, one after the other. At the edges of padded images the places
+            of a kernel see zeros, each another number of them.
 
     Returns:
         The shifts in the outputs' unit, shape (outputs,).
@@ -114,16 +115,16 @@ def rounding_shift(weight: Tensor, rounded: Tensor, means: Tensor) -> Tensor:
             f"weight and rounded must have one shape (outputs, inputs, ...); got {shape_of(weight)} and "
             f"{shape_of(rounded)}"
         )
-    outputs, inputs = weight.shape[:2]
-    if means.ndim != 2 or means.shape[1] != inputs or outputs % len(means):
+    outputs, count = weight.flatten(1).shape
+    if means.ndim != 2 or means.shape[1] != count or outputs % len(means):
         raise ValueError(
-            f"means must have the shape (groups, {inputs}), groups of {outputs}; got {shape_of(means)}"
+            f"means must have the shape (groups, {count}), groups of {outputs}; got {shape_of(means)}"
         )
     weight, rounded, means = (
         upcast(name, each) for name, each in (("weight", weight), ("rounded", rounded), ("means", means))
     )
-    errors = (rounded - weight).flatten(2).sum(2) if weight.ndim > 2 else rounded - weight
-    return (errors.view(len(means), -1, inputs) * means.unsqueeze(1)).sum(2).flatten()
+    errors = (rounded - weight).reshape(len(means), -1, count)
+    return (errors * means.unsqueeze(1)).sum(2).flatten()
 
 
 def _checked(

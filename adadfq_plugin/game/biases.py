@@ -23,7 +23,7 @@ class _Means:
     weight: nn.Parameter
     bias: nn.Parameter
     inputs: Tensor
-    """(groups, inputs of a group)."""
+    """The mean of what each weight of an output is multiplied by (groups, K)."""
 
     def shift(self) -> Tensor:
         """What rounding adds to the mean of each output (outputs,)."""
@@ -61,7 +61,7 @@ class SteadyMeans:
             if isinstance(bias, nn.Parameter) and bias.requires_grad and layer.by_output:
                 first, calls = found.setdefault(bias, (layer, []))
                 if layer.weight is first.weight:
-                    calls.append(call.input_means().view(call.groups, -1))
+                    calls.append(call.input_means())
             return call.result()
 
         with Layers(prepared.module, look).at_work():

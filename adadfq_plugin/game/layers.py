@@ -117,30 +117,37 @@ class Call(Arguments):
         return torch.std_mean(output, [dim for dim in range(output.ndim) if dim != channels], correction=0)
 
     def input_means(self) -> Tensor:
-        """The mean of each input, or of each channel (C,)."""
+        """The mean of what each weight of an output is multiplied by (groups, K)."""
         x: Tensor = self.argument(0, "input")
-        channels = x.ndim - 1 - KERNELS[self.name]
-        return x.mean([dim for dim in range(x.ndim) if dim != channels])
+        if not KERNELS[self.name]:
+            return x.reshape(-1, x.shape[-1]).mean(0, keepdim=True)
+        mean = x.reshape(-1, *x.shape[-KERNELS[self.name] - 1 :]).mean(0, keepdim=True)
+        columns, kernel, dilation, stride = self._laid_out(mean)
+        return F.unfold(columns, kernel, dilation, 0, stride).mean(2).view(self.groups, -1)
 
     def inputs(self, rng: torch.Generator) -> Iterator[Tensor]:
         """What outputs at random places are products of, piece by piece: (groups, places, K)."""
-        x, weight = self.argument(0, "input"), self.argument(1, "weight")
+        x = self.argument(0, "input")
         if not KERNELS[self.name]:
             rows = x.reshape(-1, x.shape[-1])
             yield rows[torch.randperm(len(rows), generator=rng)[:PLACES].to(x.device)].unsqueeze(0)
             return
-        if KERNELS[self.name] == 1:
-            x, weight = x.unsqueeze(-2), weight.unsqueeze(-2)
-        kernel = tuple(weight.shape[2:])
-        stride, dilation = (self._pair(*each) for each in ((3, "stride", 1), (5, "dilation", 1)))
-        sides = self._padding(kernel, dilation)
-        x = F.pad(x, sides) if any(sides) else x
+        x, kernel, dilation, stride = self._laid_out(x)
         places = max(1, PLACES // len(x))
         for piece in x.split(max(1, IN_MEMORY // (x[0].numel() * kernel[0] * kernel[1]))):
             columns = F.unfold(piece, kernel, dilation, 0, stride)
             chosen = torch.randperm(columns.shape[2], generator=rng)[:places].to(x.device)
             columns = columns[:, :, chosen].unflatten(1, (self.groups, -1))
             yield columns.permute(1, 0, 3, 2).flatten(1, 2)
+
+    def _laid_out(self, x: Tensor) -> tuple[Tensor, tuple[int, int], tuple[int, int], tuple[int, int]]:
+        """Padded images of two dimensions (N, C, H, W), and the convolution's kernel, dilation and stride."""
+        weight: Tensor = self.argument(1, "weight")
+        kernel = (1, weight.shape[2]) if KERNELS[self.name] == 1 else (weight.shape[2], weight.shape[3])
+        stride, dilation = (self._pair(*each) for each in ((3, "stride", 1), (5, "dilation", 1)))
+        sides = self._padding(kernel, dilation)
+        x = x.unsqueeze(-2) if KERNELS[self.name] == 1 else x
+        return F.pad(x, sides) if any(sides) else x, kernel, dilation, stride
 
     def _pair(self, place: int, name: str, default: int) -> tuple[int, int]:
         value = self.argument(place, name, default)

@@ -16,6 +16,8 @@ __all__ = ["round_weights"]
 
 WIDEST = 4608
 """Inputs of an output, 512 channels of 3x3: the inverse of more takes minutes."""
+DAMPING = 0.01
+"""Least share of the inputs' mean square that is added to it, as if there was noise."""
 UPSTREAM = 0.1
 """How far a bias follows a shift of the layer's inputs, in deviations of the output: synthetic images lose what they
 show sooner than photographs do, and the shift of a deep layer is theirs alone."""
@@ -106,6 +108,11 @@ def _correct(bias: nn.Parameter, layer: Layer, call: Call, expected: Tensor, old
     bias.add_(torch.where(shift.isfinite(), shift, 0))
 
 
+def _damping(inputs: int, rows: int) -> float:
+    """GPTQ's own where there are many times as many rows as inputs; few rows would be learned by heart."""
+    return min(1.0, max(DAMPING, (inputs / rows) ** 2))
+
+
 def _can_be_rounded(layer: Layer) -> bool:
     return layer.weight.requires_grad and layer.by_output and layer.weight[0].numel() <= WIDEST
 
@@ -126,6 +133,7 @@ def _round(layer: Layer, call: Call, rng: torch.Generator) -> bool:
         for each in (layer.quantizer.scale.detach(), lower, upper)
     )
     grouped = weight.detach().reshape(groups, len(weight) // groups, -1).to(where)
-    found = compensated_weights(grouped, step, lower, upper, moments / count)
+    damping = _damping(grouped.shape[2], count)
+    found = compensated_weights(grouped, step, lower, upper, moments / count, damping=damping)
     weight.copy_(found.reshape(weight.shape))
     return True

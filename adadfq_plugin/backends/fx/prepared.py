@@ -194,7 +194,8 @@ class FXPrepared:
     @property
     def engines(self) -> set[str]:
         """Where the network will run: a saved model is packed for the reader's engine, x86 unless told otherwise."""
-        return {self.engine, "x86"} if self.engine in GROUPS else {self.engine}
+        readers = {"x86"} if self.engine in GROUPS else set()
+        return {self.engine} | readers & set(torch.backends.quantized.supported_engines)
 
     def _added_in_16_bits(self) -> Iterator[tuple[Node, int]]:
         """Readers of activations whose kernel adds products in pairs in 16 bits, and the activations' highest level."""
