@@ -245,9 +245,8 @@ class LearnedQuantizer(nn.Module):
         self.ndim = x.ndim
         rows = self._rows(x).float()
         lower, upper = rows.amin(1), rows.amax(1)
-        if bool(
-            (lower.isinf() | upper.isinf()).any()
-        ):  # a mask, or padding for a maximum: it takes the last level
+        infinite = lower.isinf() | upper.isinf()
+        if bool(infinite.any()):  # a mask, or padding for a maximum: it takes the last level
             rows = rows.masked_fill(rows.isinf(), 0)
             lower, upper = rows.amin(1), rows.amax(1)
         if self.per_channel:  # a weight: what counts is the newest
@@ -311,9 +310,8 @@ class LearnedQuantizer(nn.Module):
 
     def along(self, values: Tensor, ndim: int) -> Tensor:
         """One value a channel, or one for all, in the shape that goes with a tensor of so many dimensions."""
-        return values.view(
-            [-1 if self.per_channel and dim == self.ch_axis % ndim else 1 for dim in range(ndim)]
-        )
+        axis = self.ch_axis % ndim if self.per_channel else None
+        return values.view([-1 if dim == axis else 1 for dim in range(ndim)])
 
     @torch.no_grad()
     def settled(self, weight: Tensor) -> Tensor:
