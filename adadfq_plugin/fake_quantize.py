@@ -226,11 +226,15 @@ class LearnedQuantizer(nn.Module):
         return self._fake_quantize(X)
 
     def _fake_quantize(self, x: Tensor) -> Tensor:
-        axis = self.ch_axis % x.ndim if self.per_channel else -1
+        axis = self.channel_axis(x.ndim)
         quantized: Tensor = _LearnedStep.apply(
             x, self.log_scale, self.zero_point, self.quant_min, self.quant_max, axis, self.averages
         )
         return quantized
+
+    def channel_axis(self, ndim: int) -> int:
+        """The channel axis of a tensor of so many dimensions, counted from the first; -1 where one step is for all."""
+        return self.ch_axis % ndim if self.per_channel else -1
 
     def _rows(self, x: Tensor) -> Tensor:
         return (
@@ -310,7 +314,7 @@ class LearnedQuantizer(nn.Module):
 
     def along(self, values: Tensor, ndim: int) -> Tensor:
         """One value a channel, or one for all, in the shape that goes with a tensor of so many dimensions."""
-        axis = self.ch_axis % ndim if self.per_channel else None
+        axis = self.channel_axis(ndim)
         return values.view([-1 if dim == axis else 1 for dim in range(ndim)])
 
     @torch.no_grad()

@@ -229,10 +229,8 @@ def _attention(call: Call) -> Tensor | None:
         x = call.output
         if x.ndim != 4 or x.shape[1] < 2 or x.shape[3] < LEAST_PATCHES:
             return None
-        if call.argument(1, "dim") not in (
-            -1,
-            3,
-        ):  # ResNeSt weighs branches by one, over its second dimension
+        # ResNeSt weighs branches by a softmax over its second dimension
+        if call.argument(1, "dim") not in (-1, 3):
             return None
         return x[:, _some(x.shape[1], MOST_HEADS)][:, :, _some(x.shape[2], MOST_QUERIES)]
     query, key = call.argument(0, "query"), call.argument(1, "key")

@@ -38,7 +38,7 @@ class Layer:
     @property
     def by_output(self) -> bool:
         """Whether each output has one step size."""
-        return not self.quantizer.per_channel or self.quantizer.ch_axis in (0, -self.weight.ndim)
+        return self.quantizer.channel_axis(self.weight.ndim) <= 0
 
 
 class Layers(TorchFunctionMode):

@@ -209,7 +209,7 @@ class PT2EPrepared:
             bias = layer.args[2] if len(layer.args) > 2 else None
             if isinstance(bias, Node) and bias.op == "get_attr":
                 found = tensor_at(self.module, str(bias.target))
-                of_outputs = quantizer.per_channel and quantizer.ch_axis == int(layer.target in TRANSPOSED)
+                of_outputs = quantizer.channel_axis(weight.ndim) == int(layer.target in TRANSPOSED)
                 # the groups of a transposed convolution share their channels' steps
                 own = scale.repeat(len(found) // len(scale)) if of_outputs else scale.mean()
                 units[id(found)] = own * (weight.numel() / len(found)) ** 0.5
