@@ -173,7 +173,11 @@ class AdaDFQSettings(GeneratorSettings):
     beta: NonNegative = Field(1.0, description="weight of the balance loss")
     lambda_l: Fraction = Field(0.1, description="lower boundary of the normalised information")
     lambda_u: Fraction = Field(0.8, description="upper boundary of the normalised information")
-    generator_interval: Positive = Field(50, description="steps of Q for each step of the generator")
+    generator_interval: Positive = Field(
+        50,
+        description="steps of Q for each step of the generator; beside a pool it has none in the last 30 % of a "
+        "cosine",
+    )
     replay: bool = Field(True, description="Q learns from a pool of kept samples, not from the newest alone")
 
     def model_post_init(self, context: Any) -> None:

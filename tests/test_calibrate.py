@@ -82,6 +82,16 @@ def test_adadfq_plays_and_its_baseline_does_not() -> None:
     assert alone.history.figures("game") == ("loss", "held_out")
 
 
+@pytest.mark.parametrize(
+    ("more", "last"), [({}, 8), ({"replay": False, "batch_size": 12}, 10), ({"schedule": "stages"}, 10)]
+)
+def test_no_batch_joins_the_pool_that_q_would_hardly_learn_from(more: dict[str, Any], last: int) -> None:
+    settings = {**QUICK_G, "steps": 10, "generator_interval": 1, **more}
+    history = adadfq_plugin.calibrate(models.prepared(4), settings=settings, **TOLD).history
+    assert history.column("game", "margin")[0] == list(range(1, last + 1))
+    assert history.column("game", "loss")[0] == list(range(1, 11))
+
+
 def test_the_teacher_comes_back_as_it_was() -> None:
     teacher = models.trained()
     teacher.conv1.weight.requires_grad_(False)

@@ -31,6 +31,8 @@ ROUNDED = 64
 """Large images that the weights are rounded by: all of them go through the network at once."""
 MEANS = 32
 """Images that tell the means of the layers' inputs."""
+ROUNDS = 0.7
+"""Share of a cosine's steps after which no batch joins the pool: 4 % of what its rates add up to are left then."""
 PIECE = 4
 """Large images of which Q's graph is kept at a time, half of them beside P's: faster than more or fewer at a time."""
 
@@ -247,7 +249,7 @@ class Run:
         )
         with self._timed("game"), learner.learning(), self._judged(learner, pace) as judge:
             for step in pace:
-                if player is not None and self._is_round(step):
+                if player is not None and self._is_round(pace):
                     figures = self._round(player, learner)
                 else:
                     figures = self._lesson(learner, player)
@@ -303,9 +305,12 @@ class Run:
         """Samples as the network sees them."""
         return augment(images, self.rng) if self.views else images
 
-    def _is_round(self, step: int) -> bool:
+    def _is_round(self, pace: Pace) -> bool:
+        """Whether G moves: not where Q would hardly learn from what comes of it."""
         settings = self.task.settings
-        return isinstance(settings, AdaDFQSettings) and (step - 1) % settings.generator_interval == 0
+        if not isinstance(settings, AdaDFQSettings) or (pace.step - 1) % settings.generator_interval:
+            return False
+        return not settings.replay or settings.schedule != "cosine" or pace.fraction <= ROUNDS
 
     def _round(self, player: GeneratorPlayer, learner: QuantizedPlayer) -> Figures:
         """G moves on its newest batch. Q learns from the pool, which takes the batch in once it is refined.
