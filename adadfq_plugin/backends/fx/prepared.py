@@ -318,7 +318,7 @@ class FXPrepared:
             units[id(weight)] = quantizer.along(scale, weight.ndim)
             if bias is not None:
                 units[id(bias)] = scale * weight[0].numel() ** 0.5
-        # what is not quantized (an affine BatchNorm) moves by a hundredth of its size
+        # what is not quantized (an affine BatchNorm) moves by the rate times a hundredth of its size
         return [units.get(id(each), each.detach().abs().mean() / 100) for each in self.weights()]
 
     def steps(self) -> Sequence[nn.Parameter]:

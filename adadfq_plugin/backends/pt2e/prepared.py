@@ -213,7 +213,7 @@ class PT2EPrepared:
                 # the groups of a transposed convolution share their channels' steps
                 own = scale.repeat(len(found) // len(scale)) if of_outputs else scale.mean()
                 units[id(found)] = own * (weight.numel() / len(found)) ** 0.5
-        # what is not quantized (an affine BatchNorm) moves by a hundredth of its size
+        # what is not quantized (an affine BatchNorm) moves by the rate times a hundredth of its size
         return [units.get(id(each), each.detach().abs().mean() / 100) for each in self.weights()]
 
     def steps(self) -> Sequence[nn.Parameter]:
