@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -236,6 +237,21 @@ def test_plan_follows_bits_and_cost() -> None:
     assert dear[2] < cheap[1][2]
     assert plan(Settings(steps=7, batch_size=5), 10**6, 32, 4) == (0, 7, 5)
     assert plan(GeneratorSettings(warmup_steps=3), 10**6, 32, 4)[0] == 3
+
+
+def test_a_time_limit_leaves_images_out_before_it_leaves_them_raw() -> None:
+    teacher = Teacher(nn.BatchNorm2d(3), Facts((3, 8, 8), 3))
+    settings = GeneratorSettings(generator_batch_size=64)
+    limited = make_plan(settings, teacher, 4, 10)
+    seconds = 600 * 0.35  # for 1024 images and those that judge: 19 batches
+    for step, samples in ((seconds / 19 / 60, 1024), (seconds / 10 / 30, 10 * 56), (10.0, 256), (0.0, 1024)):
+        fitted = limited.fitting(step * 0.999)
+        assert fitted.samples == samples
+        assert fitted.pace("samples").seconds == pytest.approx(seconds / math.ceil(samples / 56))
+    assert make_plan(settings, teacher, 4).fitting(10.0).samples == 1024
+    for told in ({"samples": 512}, {"refine_steps": 3}):
+        made = make_plan(settings.model_copy(update=told), teacher, 4, 10)
+        assert made.fitting(10.0) == made
 
 
 def test_pace_counts_or_follows_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from adadfq_plugin.config import GeneratorSettings, Settings
 from adadfq_plugin.errors import SettingsError
@@ -32,6 +32,8 @@ CHEAP = 2e9
 REFINE = {2: 60, 3: 60, 4: 60, 5: 50, 6: 40, 7: 30, 8: 30}
 """Steps of each kept batch of images themselves."""
 LEAST_STEPS, LEAST_WARMUP = 120, 40
+LEAST_SAMPLES, LEAST_REFINE = 0.25, 0.5
+"""Under a time limit: share of the images that are kept at least, so that each has this share of its steps."""
 MOST = 3
 """Longest phases under a time limit, in lengths of a cheap network's: more steps have not helped."""
 LENGTHS = {"warmup": "warmup_steps", "samples": "refine_steps", "game": "steps"}
@@ -63,6 +65,7 @@ class Plan:
         rest: share of the minutes that no phase gets.
         told: phases whose number of steps the user has set; the time limit leaves it alone.
         most: steps of each phase beyond which more time would not help.
+        least: images kept where a time limit leaves no time for more.
     """
 
     batch_size: int
@@ -75,6 +78,7 @@ class Plan:
     rest: float = REST
     told: frozenset[str] = frozenset()
     most: Mapping[str, int] = field(default_factory=dict)
+    least: int = 0
 
     def pace(self, phase: str, spent: float = 0.0) -> Pace:
         """The length of ``warmup``, of ``game``, or of one batch of ``samples``.
@@ -87,10 +91,27 @@ class Plan:
         if self.minutes is None or phase in self.told or lengths[phase] == 0:
             return Pace(lengths[phase])
         running = sum(SHARE[each] for each, steps in lengths.items() if steps and each not in self.told)
-        drawn = self.samples * KEPT_OUT / (KEPT_OUT - 1)
-        batches = math.ceil(drawn / self.generator_batch_size) if phase == "samples" else 1
-        seconds = self.minutes * 60 * (1 - self.rest) * SHARE[phase] / running / batches
+        seconds = self.minutes * 60 * (1 - self.rest) * SHARE[phase] / running
+        seconds /= self._batches if phase == "samples" else 1
         return Pace(lengths[phase], max(0.0, seconds - spent), self.most.get(phase, sys.maxsize))
+
+    @property
+    def _batches(self) -> int:
+        """Batches that the generator makes until all images are kept, those that judge Q beside them."""
+        return math.ceil(self.samples * KEPT_OUT / (KEPT_OUT - 1) / self.generator_batch_size)
+
+    def fitting(self, step: float) -> Plan:
+        """This plan with no more images than its time allows to refine: few good ones teach Q more than many raw ones.
+
+        Args:
+            step: seconds of a step on one batch, about.
+        """
+        seconds = self.pace("samples").seconds
+        if seconds is None:
+            return self
+        batches = seconds * self._batches / (max(1e-9, step) * LEAST_REFINE * self.refine)
+        fitting = int(batches * self.generator_batch_size * (KEPT_OUT - 1) / KEPT_OUT)
+        return replace(self, samples=max(self.least, min(fitting, self.samples)))
 
 
 def make_plan(
@@ -126,11 +147,12 @@ def make_plan(
     steps = settings.steps if settings.steps is not None else max(LEAST_STEPS, round(STEPS[bits] / slow))
     steps *= trains
     samples = settings.samples or (SAMPLES if small else LARGE_SAMPLES[bits])
+    least = settings.samples or math.ceil(LEAST_SAMPLES * samples)
     told = frozenset(phase for phase, name in LENGTHS.items() if getattr(settings, name, None) is not None)
     check_limit(settings, minutes, trains=trains)
     apart = trains and settings.rounding == "compensated" and (steps == 0 or "game" in told)
     rest = REST + ROUNDING * apart
-    return Plan(batch, generator_batch, samples, warmup, steps, refine, minutes, rest, told, most)
+    return Plan(batch, generator_batch, samples, warmup, steps, refine, minutes, rest, told, most, least)
 
 
 def check_limit(settings: Settings, minutes: float | None, *, trains: bool = True) -> None:

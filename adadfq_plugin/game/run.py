@@ -120,6 +120,8 @@ class Run:
                 self._report("warmup", step, pace.total, player.warm_up(prior, pace))
         self._done.append(f"{pace.step} steps of G on {self.plan.generator_batch_size} images each")
         self._tell(pace, "the generator's warm-up")
+        if pace.step:
+            self.plan = self.plan.fitting(self.seconds["warmup"] / pace.step)
 
     def make_samples(self, player: GeneratorPlayer) -> None:
         """Fills the pool with images that G made and that were then refined."""
@@ -136,7 +138,7 @@ class Run:
         fewest, most = min(lengths), max(lengths)
         self._refine = min(self._refine, fewest)
         steps = f"{fewest} to {most}" if fewest < most else f"{most}"
-        self._done.append(f"{steps} on each of its images themselves")
+        self._done.append(f"{steps} on each of its {self.plan.samples} images themselves")
 
     def fill(self, draw: Callable[[], tuple[Tensor, Tensor, Figures]]) -> None:
         """Draws batches of images, labels and figures until the pool is full; some of each judge Q's states instead."""
