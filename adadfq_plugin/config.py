@@ -57,7 +57,8 @@ class Settings(_Frozen):
     samples: Positive | None = Field(
         None,
         description="synthetic images made before Q is trained and kept after it (AdaDFQ trains on up to twice "
-        "as many); unset: 1024 up to 64 pixels, else 128 up to 5 bits and 64 beyond",
+        "as many); unset: 1024 up to 64 pixels (down to 256 where a time limit leaves no time to refine them), else "
+        "128 up to 5 bits and 64 beyond",
     )
     batch_size: Positive | None = Field(
         None, description="images in a training step of Q; unset: 32 up to 64 pixels, else 8"

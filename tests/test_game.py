@@ -249,6 +249,8 @@ def test_a_time_limit_leaves_images_out_before_it_leaves_them_raw() -> None:
         assert fitted.samples == samples
         assert fitted.pace("samples").seconds == pytest.approx(seconds / math.ceil(samples / 56))
     assert make_plan(settings, teacher, 4).fitting(10.0).samples == 1024
+    large = make_plan(settings, Teacher(nn.BatchNorm2d(3), Facts((3, 224, 224), 3)), 4, 10)
+    assert large.fitting(10.0).samples == large.samples == 128
     for told in ({"samples": 512}, {"refine_steps": 3}):
         made = make_plan(settings.model_copy(update=told), teacher, 4, 10)
         assert made.fitting(10.0) == made

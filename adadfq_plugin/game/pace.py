@@ -32,8 +32,10 @@ CHEAP = 2e9
 REFINE = {2: 60, 3: 60, 4: 60, 5: 50, 6: 40, 7: 30, 8: 30}
 """Steps of each kept batch of images themselves."""
 LEAST_STEPS, LEAST_WARMUP = 120, 40
-LEAST_SAMPLES, LEAST_REFINE = 0.25, 0.5
-"""Under a time limit: share of the images that are kept at least, so that each has this share of its steps."""
+LEAST_SAMPLES = 256
+"""Images kept, of more, where a time limit is short: with fewer Q learns them by heart."""
+LEAST_REFINE = 0.5
+"""Share of its usual steps that each image has, before fewer of them are made."""
 MOST = 3
 """Longest phases under a time limit, in lengths of a cheap network's: more steps have not helped."""
 LENGTHS = {"warmup": "warmup_steps", "samples": "refine_steps", "game": "steps"}
@@ -147,7 +149,7 @@ def make_plan(
     steps = settings.steps if settings.steps is not None else max(LEAST_STEPS, round(STEPS[bits] / slow))
     steps *= trains
     samples = settings.samples or (SAMPLES if small else LARGE_SAMPLES[bits])
-    least = settings.samples or math.ceil(LEAST_SAMPLES * samples)
+    least = settings.samples or min(samples, LEAST_SAMPLES)
     told = frozenset(phase for phase, name in LENGTHS.items() if getattr(settings, name, None) is not None)
     check_limit(settings, minutes, trains=trains)
     apart = trains and settings.rounding == "compensated" and (steps == 0 or "game" in told)
