@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from adadfq_plugin.facts import Facts
 from adadfq_plugin.transfers import sent
 
-__all__ = ["Generator", "coloured", "imaged", "natural_noise", "spectral"]
+__all__ = ["Generator", "coloured", "natural_noise", "whitened"]
 
 SMALLEST_WIDTH = 16
 COLOUR = 0.9
@@ -125,23 +125,24 @@ class Generator(nn.Module):
         return sent(z, device), sent(labels, device)
 
 
-def _amplitudes(size: tuple[int, int], like: Tensor) -> Tensor:
-    """Amplitudes of photographs at the frequencies of a real transform; white noise of deviation 1 keeps it."""
+def _amplitudes(size: tuple[int, int], like: Tensor, fall: float) -> Tensor:
+    """Amplitudes at the frequencies of a real transform; white noise of deviation 1 keeps it."""
     down, across = (torch.fft.fftfreq(side, device=like.device) for side in size)
-    amplitudes = 1 / (down.square()[:, None] + across.square()).sqrt().clamp_min(1 / max(size))
+    amplitudes = (down.square()[:, None] + across.square()).sqrt().clamp_min(1 / max(size)) ** -fall
     half: Tensor = (amplitudes / amplitudes.square().mean().sqrt())[:, : size[1] // 2 + 1]
     return half.to(like)
 
 
-def coloured(white: Tensor) -> Tensor:
+def coloured(white: Tensor, fall: float = 1.0) -> Tensor:
     r"""White noise as noise with the spectrum of photographs, whose amplitudes fall with the frequency.
 
-    .. math:: |\hat x(f)| \propto |\hat \varepsilon(f)| / f
+    .. math:: |\hat x(f)| \propto |\hat \varepsilon(f)| / f^a
 
     The lowest frequency's holds for the mean as well.
 
     Args:
         white: (N, channels, height, width), of deviation 1.
+        fall: the exponent a, 1 for photographs; 0 leaves the noise white.
 
     Returns:
         images of the same shape, of deviation 1 over all of them.
@@ -151,54 +152,27 @@ def coloured(white: Tensor) -> Tensor:
 
     Example:
         >>> noise = coloured(torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
-        >>> round(noise.std().item(), 1)
-        1.0
+        >>> round(noise.std().item(), 1), torch.allclose(coloured(whitened(noise)), noise, atol=1e-5)
+        (1.0, True)
     """
     size = (white.shape[-2], white.shape[-1])
-    image: Tensor = torch.fft.irfft2(torch.fft.rfft2(white) * _amplitudes(size, white), s=size)
+    image: Tensor = torch.fft.irfft2(torch.fft.rfft2(white) * _amplitudes(size, white, fall), s=size)
     return image
 
 
-def spectral(images: Tensor) -> Tensor:
-    r"""The coefficients of images in the spectrum of photographs, where all frequencies count alike.
-
-    .. math:: c(f) = \sqrt 2\, \hat x(f) / a(f)
-
-    with the orthonormal transform and the amplitudes a of :func:`coloured`. A change of all coefficients by r, whatever
-    their signs, is one of the images by a deviation of about r, at any size.
+def whitened(images: Tensor, fall: float = 1.0) -> Tensor:
+    """What :func:`coloured` makes these images of.
 
     Args:
         images: (N, channels, height, width).
+        fall: the exponent a.
 
     Returns:
-        real and imaginary parts (N, channels, height, width // 2 + 1, 2), of deviation about 1 for images of
-        deviation 1 with that spectrum.
-
-    Example:
-        >>> noise = coloured(torch.randn(64, 3, 32, 33, generator=torch.Generator().manual_seed(0)))
-        >>> coefficients = spectral(noise)
-        >>> coefficients.shape, torch.allclose(imaged(coefficients, 33), noise, atol=1e-5)
-        (torch.Size([64, 3, 32, 17, 2]), True)
+        coefficients of the same shape, alike at all frequencies for photographs.
     """
     size = (images.shape[-2], images.shape[-1])
-    transformed = torch.fft.rfft2(images, norm="ortho") / _amplitudes(size, images)
-    return math.sqrt(2) * torch.view_as_real(transformed)
-
-
-def imaged(coefficients: Tensor, width: int) -> Tensor:
-    """The images that have these coefficients.
-
-    Args:
-        coefficients: (N, channels, height, width // 2 + 1, 2), see :func:`spectral`.
-        width: that of the images, which the coefficients leave open.
-
-    Returns:
-        images (N, channels, height, width).
-    """
-    size = (coefficients.shape[-3], width)
-    transformed = torch.view_as_complex(coefficients) * _amplitudes(size, coefficients)
-    image: Tensor = torch.fft.irfft2(transformed / math.sqrt(2), s=size, norm="ortho")
-    return image
+    white: Tensor = torch.fft.irfft2(torch.fft.rfft2(images) / _amplitudes(size, images, fall), s=size)
+    return white
 
 
 def natural_noise(facts: Facts, count: int, rng: torch.Generator) -> Tensor:

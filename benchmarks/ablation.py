@@ -57,7 +57,7 @@ class Ingredient:
         what: in words.
         settings: changes that take it out.
         views: whether Q sees views of its images.
-        refined: what of the images is left to be refined; all where it is empty.
+        falls: spectra that are left to be refined in; all where it is empty.
         parts: whether P sees parts of the images that are refined.
     """
 
@@ -65,7 +65,7 @@ class Ingredient:
     what: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     views: bool = True
-    refined: tuple[str, ...] = ()
+    falls: tuple[float, ...] = ()
     parts: bool = True
 
 
@@ -86,8 +86,8 @@ INGREDIENTS: dict[str, Ingredient] = {
     "kl": Ingredient("training", "the divergence (instead: the paper's loss)", {"loss": "information"}),
     "keep best": Ingredient("training", "taking back what did harm", {"keep_best": False}),
     "refining": Ingredient("images", "refining of images", {"refine_steps": 0}),
-    "spectrum": Ingredient("images", "moves in photographs' spectrum", refined=("pixels",)),
-    "pixels": Ingredient("images", "moves of single pixels", refined=("spectrum",)),
+    "spectrum": Ingredient("images", "moves in photographs' spectrum", falls=(0.0,)),
+    "pixels": Ingredient("images", "moves of single pixels", falls=(1.0,)),
     "parts": Ingredient("images", "views while refining", parts=False),
     "game": Ingredient("game", "nothing (all of the defaults)"),
     "boundaries": Ingredient("game", "both boundaries (G follows the prior alone)", NO_BOUNDARIES),
@@ -152,7 +152,7 @@ def method(cell: Cell, pools: Path) -> Iterator[None]:
 
     view = augment if ingredient.parts else lambda images, rng: images
     with (
-        mock.patch.object(generator, "REFINED", ingredient.refined or generator.REFINED),
+        mock.patch.object(generator, "FALLS", ingredient.falls or generator.FALLS),
         mock.patch.object(generator, "augment", view),
         mock.patch.object(AdaDFQ, "calibrate", calibrate),
     ):

@@ -22,7 +22,7 @@ from adadfq_plugin.functional import (
 from adadfq_plugin.game.optimizing import finite_step, laid_out
 from adadfq_plugin.game.pace import Pace
 from adadfq_plugin.game.pool import augment
-from adadfq_plugin.generators import Generator, imaged, natural_noise, spectral
+from adadfq_plugin.generators import Generator, coloured, natural_noise, whitened
 from adadfq_plugin.priors import BNStatistics, choose_priors
 from adadfq_plugin.teacher import Teacher
 from adadfq_plugin.transfers import Figures, sent
@@ -34,9 +34,9 @@ LABEL = 0.2
 NATURAL = 0.95
 """Default share of natural noise in G's images, where no BatchNorm tells the statistics of photographs."""
 
-REFINED = "spectrum", "pixels"
-"""What of the images is refined: their coefficients in the spectrum of photographs, or they themselves. Batches take
-turns: images of one kind have the faults of their kind, and Q fits these."""
+FALLS = 1.0, 0.0
+"""Exponents of the spectrum whose coefficients are refined: 1 of photographs, 0 for pixels. Batches take turns: images
+of one kind have the faults of their kind, and Q fits these."""
 
 
 class GeneratorPlayer:
@@ -78,7 +78,7 @@ class GeneratorPlayer:
         if teacher.channels_last:
             self.generator.to(memory_format=torch.channels_last)
         self.parameters = list(self.generator.parameters())
-        self._refined = itertools.cycle(REFINED)
+        self._falls = itertools.cycle(FALLS)
         self._skipped = torch.zeros((), dtype=torch.int64, device=device)
         reach = teacher.facts.to_standard(self.generator.highest) - teacher.facts.to_standard(
             self.generator.lowest
@@ -153,26 +153,25 @@ class GeneratorPlayer:
         Returns:
             the images, valid pixels still, and the figures of the last step.
         """
-        in_spectrum, facts = next(self._refined) == "spectrum", self.teacher.facts
+        fall, facts = next(self._falls), self.teacher.facts
         if pace.total == 0:
             return images.detach(), {}
-        start, width = facts.to_standard(images.detach()), images.shape[-1]
-        free = (spectral(start) if in_spectrum else start).requires_grad_(True)
+        white = whitened(facts.to_standard(images.detach()), fall).requires_grad_(True)
 
         def seen() -> Tensor:
-            return facts.from_standard(imaged(free, width) if in_spectrum else free)
+            return facts.from_standard(coloured(white, fall))
 
         figures: Figures = {}
-        optimizer = torch.optim.Adam([free], lr=self._refine_rate, betas=(0.5, 0.999), fused=True)
+        optimizer = torch.optim.Adam([white], lr=self._refine_rate, betas=(0.5, 0.999), fused=True)
         for _ in pace:
             share = 0.5 * (1 + math.cos(math.pi * pace.fraction))
             optimizer.param_groups[0]["lr"] = self._refine_rate * share
             pixels = seen()
             valid = pixels + (self.generator.clip(pixels) - pixels).detach()  # clipped ones may come back
             loss, figures = self._recognised(prior, self.teacher(augment(valid, self._rng)), labels, LABEL)
-            (gradient,) = torch.autograd.grad(loss, free)
+            (gradient,) = torch.autograd.grad(loss, white)
             self._skipped += ~gradient.isfinite().all()
-            free.grad = laid_out(gradient.nan_to_num(0.0, 0.0, 0.0), free)
+            white.grad = laid_out(gradient.nan_to_num(0.0, 0.0, 0.0), white)
             optimizer.step()
         return self.generator.clip(seen().detach()), figures
 
